@@ -1,0 +1,1 @@
+"""Run groups of agents in parallel with structured concurrency, on asyncio and trio."""

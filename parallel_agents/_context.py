@@ -1,0 +1,53 @@
+"""What a running agent can ask about its run: ``current_run()`` inside an engine call.
+
+Knows no executor; the run in flight fills it in.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+
+from attrs import define, field
+
+from ._models import NO_USAGE, AgentAssignment, Usage
+
+
+@define(eq=False, kw_only=True)
+class RunContext:
+    """The agent's view of its run.
+
+    Attributes:
+        group_id: The group it runs in.
+        assignment: What it was given.
+        attempt: Which attempt this is, from 1.
+        usage: What was metered so far.
+    """
+
+    group_id: str
+    assignment: AgentAssignment
+    attempt: int = 1
+    usage: Usage = NO_USAGE
+    _shutdown_requested: Callable[[], bool] = field(alias="shutdown_requested", repr=False)
+
+    @property
+    def shutdown_requested(self) -> bool:
+        """Whether the program is shutting down; finish soon, or be cancelled after the grace period."""
+        return self._shutdown_requested()
+
+    def record_usage(self, usage: Usage) -> None:
+        """Add to what this agent spent; kept in its outcome whatever becomes of the agent."""
+        self.usage = self.usage + usage
+
+
+_current: ContextVar[RunContext] = ContextVar("parallel_agents_current_run")
+
+
+def current_run() -> RunContext:
+    """Return the run of the agent that is asking.
+
+    Raises:
+        LookupError: Outside an engine call.
+    """
+    try:
+        return _current.get()
+    except LookupError:
+        raise LookupError("current_run() works inside an engine call only") from None

@@ -1,0 +1,262 @@
+"""What to run: frozen values, valid from construction on, also after ``attrs.evolve``.
+
+Knows nothing of how agents are run, where values come from, or of JSON.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Self
+
+from attrs import field, fields_dict, frozen
+from attrs.converters import optional as converted_if_given
+from attrs.validators import in_, optional
+
+from ._checks import (
+    JSON,
+    FrozenDict,
+    as_tuple,
+    each_is_a,
+    integer,
+    is_a,
+    is_flag,
+    is_text,
+    json_table,
+    not_blank,
+    number,
+)
+from ._claims import ResourceClaim
+
+CHAT_ROLES = ("system", "user", "assistant", "tool")
+"""Who may speak in a ChatMessage."""
+
+
+@frozen(kw_only=True)
+class Usage:
+    """What an agent spent.
+
+    Attributes:
+        input_tokens: Tokens read by the model.
+        output_tokens: Tokens written by the model.
+        requests: Calls made to the model.
+        cost: Money, in the user's currency.
+    """
+
+    input_tokens: int = field(default=0, validator=integer(at_least=0))
+    output_tokens: int = field(default=0, validator=integer(at_least=0))
+    requests: int = field(default=0, validator=integer(at_least=0))
+    cost: float = field(default=0.0, validator=number(at_least=0))
+
+    def __add__(self, other: object) -> "Usage":
+        if not isinstance(other, Usage):
+            return NotImplemented
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            requests=self.requests + other.requests,
+            cost=self.cost + other.cost,
+        )
+
+
+NO_USAGE = Usage()
+"""Nothing spent; values are frozen, so one is enough for everybody."""
+
+
+@frozen(kw_only=True)
+class ChatMessage:
+    """One message of a conversation.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        content: What was said; may be empty.
+    """
+
+    role: str = field(validator=in_(CHAT_ROLES))
+    content: str = field(default="", validator=is_text)
+
+
+@frozen(kw_only=True)
+class CompletionConfig:
+    """How a model should answer; ``None`` leaves the choice to the engine.
+
+    Attributes:
+        model: The model's name; stands above the identity's.
+        temperature: At least 0.
+        max_tokens: The longest answer, in tokens.
+        stop: Texts that end the answer.
+        seed: For answers that can be repeated, where the model offers it.
+        response_format: A JSON table that the model's API understands.
+        extra: Further parameters of the model's API, passed on as they are.
+    """
+
+    model: str | None = field(default=None, validator=optional(not_blank))
+    temperature: float | None = field(default=None, validator=optional(number(at_least=0)))
+    max_tokens: int | None = field(default=None, validator=optional(integer(at_least=1)))
+    stop: tuple[str, ...] = field(default=(), converter=as_tuple, validator=each_is_a(str))
+    seed: int | None = field(default=None, validator=optional(integer()))
+    response_format: FrozenDict | None = field(
+        default=None, converter=converted_if_given(json_table("response_format"))
+    )
+    extra: FrozenDict = field(factory=FrozenDict, converter=json_table("extra"))
+
+
+@frozen(kw_only=True)
+class AgentIdentity:
+    """Who an agent is.
+
+    Attributes:
+        id: Anything whose ``str()`` is not blank; kept as a string. Unique within a group.
+        name: For people; the id where none is given.
+        role: For people and prompts, such as ``reviewer``.
+        instructions: The system prompt.
+        model: The model that the agent uses; ``None`` leaves the choice to the engine.
+    """
+
+    id: str = field(converter=str, validator=not_blank)
+    name: str = field(validator=not_blank)
+    role: str = field(default="", validator=is_text)
+    instructions: str = field(default="", validator=is_text)
+    model: str | None = field(default=None, validator=optional(not_blank))
+
+    @name.default
+    def _name_is_the_id(self) -> str:
+        return self.id
+
+
+@frozen(kw_only=True)
+class Task:
+    """What is to be done.
+
+    Attributes:
+        id: Unique within a group.
+        title: For people.
+        description: What the agent is asked to do.
+        inputs: JSON for the engine, read-only.
+    """
+
+    id: str = field(validator=not_blank)
+    title: str = field(default="", validator=is_text)
+    description: str = field(default="", validator=is_text)
+    inputs: FrozenDict = field(factory=FrozenDict, converter=json_table("inputs"))
+
+
+def _as_claim(value: object) -> object:
+    return ResourceClaim(resource=value) if isinstance(value, str) else value
+
+
+def _as_claims(values: Iterable[object]) -> tuple[object, ...]:
+    return tuple(_as_claim(value) for value in as_tuple(values))
+
+
+def _repeated(values: Iterable[str]) -> list[str]:
+    return sorted(value for value, count in Counter(values).items() if count > 1)
+
+
+@frozen(kw_only=True)
+class AgentAssignment:
+    """One task for one agent, with its limits.
+
+    Attributes:
+        identity: Who works.
+        task: On what.
+        completion_config: How the model should answer; ``None`` leaves it to the engine.
+        max_turns: The most turns an agent may take; engines that work in turns honour it.
+        timeout_seconds: Counted from the start of the engine call, not from the queue; ``None`` is no limit.
+        memory_messages: What was said before.
+        resource_claims: What nobody else may touch meanwhile; a plain string is an exclusive claim.
+    """
+
+    identity: AgentIdentity = field(validator=is_a(AgentIdentity))
+    task: Task = field(validator=is_a(Task))
+    completion_config: CompletionConfig | None = field(default=None, validator=optional(is_a(CompletionConfig)))
+    max_turns: int = field(default=20, validator=integer(at_least=1))
+    timeout_seconds: float | None = field(default=None, validator=optional(number(above=0)))
+    memory_messages: tuple[ChatMessage, ...] = field(default=(), converter=as_tuple, validator=each_is_a(ChatMessage))
+    resource_claims: tuple[ResourceClaim, ...] = field(default=(), converter=_as_claims)
+
+    @resource_claims.validator
+    def _claims_are_distinct(self, attribute: Any, claims: tuple[ResourceClaim, ...]) -> None:
+        if not claims:
+            return
+        each_is_a(ResourceClaim)(self, attribute, claims)
+        if repeated := _repeated(claim.resource for claim in claims):
+            raise ValueError(f"Duplicate resource claims: {', '.join(repeated)}. Claim each resource once.")
+
+    @property
+    def agent_id(self) -> str:
+        """The identity's id."""
+        return self.identity.id
+
+    @property
+    def task_id(self) -> str:
+        """The task's id."""
+        return self.task.id
+
+
+@frozen(kw_only=True)
+class ParallelExecutionGroup:
+    """Assignments that run together.
+
+    Attributes:
+        group_id: Names the group in events, reports and locks.
+        assignments: At least one; task ids and agent ids are unique.
+        max_concurrency: The most engine calls at the same time; ``None`` is no limit.
+        fail_fast: Whether the first failure stops the rest.
+    """
+
+    group_id: str = field(validator=not_blank)
+    assignments: tuple[AgentAssignment, ...] = field(converter=as_tuple, validator=each_is_a(AgentAssignment))
+    max_concurrency: int | None = field(default=None, validator=optional(integer(at_least=1)))
+    fail_fast: bool = field(default=False, validator=is_flag)
+
+    @assignments.validator
+    def _ids_are_unique(self, _attribute: Any, assignments: tuple[AgentAssignment, ...]) -> None:
+        if not assignments:
+            raise ValueError("assignments must hold at least one assignment")
+        if len({a.task.id for a in assignments}) < len(assignments):
+            repeated = _repeated(a.task_id for a in assignments)
+            raise ValueError(f"Duplicate task IDs: {', '.join(repeated)}. Give each task its own.")
+        if len({a.identity.id for a in assignments}) < len(assignments):
+            repeated = _repeated(a.agent_id for a in assignments)
+            raise ValueError(f"Duplicate agent IDs: {', '.join(repeated)}. Give each agent its own.")
+
+    @classmethod
+    def map(cls, group_id: str, identity: AgentIdentity, tasks: Iterable[Task], **options: Any) -> Self:
+        """Build a group in which each task has its own numbered replica of one identity.
+
+        Args:
+            group_id: Names the group.
+            identity: The replicas are ``{id}-1``, ``{id}-2``, ... in the order of *tasks*.
+            tasks: What is to be done, one assignment each.
+            options: Fields of the group, and fields of an assignment, which then hold for each of them.
+        """
+        of_each = {name: options.pop(name) for name in fields_dict(AgentAssignment) if name in options}
+        assignments = [
+            AgentAssignment(identity=_replica(identity, number), task=task, **of_each)
+            for number, task in enumerate(tasks, start=1)
+        ]
+        return cls(group_id=group_id, assignments=assignments, **options)
+
+
+def _replica(identity: AgentIdentity, number: int) -> AgentIdentity:
+    return AgentIdentity(
+        id=f"{identity.id}-{number}",
+        name=f"{identity.name}-{number}",
+        role=identity.role,
+        instructions=identity.instructions,
+        model=identity.model,
+    )
+
+
+__all__ = [
+    "CHAT_ROLES",
+    "JSON",
+    "NO_USAGE",
+    "AgentAssignment",
+    "AgentIdentity",
+    "ChatMessage",
+    "CompletionConfig",
+    "ParallelExecutionGroup",
+    "ResourceClaim",
+    "Task",
+    "Usage",
+]

@@ -1,0 +1,307 @@
+"""What came of it: frozen values for results, outcomes and progress.
+
+Knows the models that went in; knows nothing of how agents are run.
+"""
+
+from enum import StrEnum, auto
+from functools import reduce
+from operator import add
+from typing import Any, Generic, TypeVar
+
+from attrs import field, frozen
+from attrs.validators import optional
+
+from ._checks import as_tuple, each_is_a, integer, is_a, not_blank, number
+from ._errors import AgentFailedError
+from ._models import NO_USAGE, ChatMessage, Usage
+
+T = TypeVar("T")
+
+
+class TerminationReason(StrEnum):
+    """Why an agent stopped, as its engine tells it."""
+
+    COMPLETED = auto()
+    """It did what it was asked."""
+    MAX_TURNS = auto()
+    """It used up its turns."""
+    BUDGET_EXHAUSTED = auto()
+    """What may be spent was spent."""
+    SHUTDOWN = auto()
+    """It was asked to stop and did."""
+    ERROR = auto()
+    """It could not go on; ``error_message`` says why."""
+    STAGNATION = auto()
+    """It went round in circles."""
+    PARKED = auto()
+    """It waits for a person: neither success nor failure."""
+
+
+class OutcomeStatus(StrEnum):
+    """How an assignment ended, as the executor tells it. Code decides by status, never by text."""
+
+    SUCCEEDED = auto()
+    """The engine returned a result that is a success."""
+    FAILED = auto()
+    """The engine raised, or returned a result that is a failure."""
+    TIMED_OUT = auto()
+    """It took longer than its assignment allows."""
+    CANCELLED = auto()
+    """It was stopped: by fail-fast, by the caller, by ``cancel_task()``, or by itself."""
+    REJECTED = auto()
+    """It was not let in: the program is shutting down."""
+    SKIPPED = auto()
+    """It was not needed any more, or what it needs is missing."""
+    PARKED = auto()
+    """It waits for a person."""
+
+
+@frozen(kw_only=True)
+class AgentRunResult(Generic[T]):
+    """What an engine returns for one assignment.
+
+    Attributes:
+        task_id: The assignment's task.
+        agent_id: The assignment's agent.
+        termination_reason: Why the agent stopped.
+        output: What it produced.
+        error_message: Required if the reason is ERROR, and only then.
+        usage: What it spent.
+        turns: How many turns it took.
+        duration_seconds: How long it worked, as the engine measured it.
+        messages: The conversation.
+    """
+
+    task_id: str = field(validator=not_blank)
+    agent_id: str = field(validator=not_blank)
+    termination_reason: TerminationReason = field(validator=is_a(TerminationReason))
+    output: T | None = None
+    error_message: str | None = field(default=None)
+    usage: Usage = field(default=NO_USAGE, validator=is_a(Usage))
+    turns: int = field(default=0, validator=integer(at_least=0))
+    duration_seconds: float = field(default=0.0, validator=number(at_least=0))
+    messages: tuple[ChatMessage, ...] = field(default=(), converter=as_tuple, validator=each_is_a(ChatMessage))
+
+    @error_message.validator
+    def _error_goes_with_its_reason(self, attribute: Any, value: str | None) -> None:
+        failed = self.termination_reason is TerminationReason.ERROR
+        if failed and value is None:
+            raise ValueError("error_message is required when termination_reason is ERROR")
+        if value is not None:
+            if not failed:
+                raise ValueError(f"error_message goes with ERROR only, not with {self.termination_reason.name}")
+            not_blank(self, attribute, value)
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the agent did what it was asked."""
+        return self.termination_reason is TerminationReason.COMPLETED
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether it is neither a success nor parked."""
+        return not self.is_success and self.termination_reason is not TerminationReason.PARKED
+
+    @property
+    def total_cost(self) -> float:
+        """What it cost, in the user's currency."""
+        return self.usage.cost
+
+    @property
+    def completion_summary(self) -> str | None:
+        """The last assistant message with text in it, if there is one."""
+        said = (m.content for m in reversed(self.messages) if m.role == "assistant" and m.content.strip())
+        return next(said, None)
+
+
+_STATUS_OF_REASON = {
+    reason: OutcomeStatus.FAILED
+    for reason in TerminationReason
+} | {
+    TerminationReason.COMPLETED: OutcomeStatus.SUCCEEDED,
+    TerminationReason.PARKED: OutcomeStatus.PARKED,
+}
+
+
+@frozen(kw_only=True)
+class AgentOutcome(Generic[T]):
+    """What came of one assignment, whatever happened to it.
+
+    Attributes:
+        task_id: The assignment's task.
+        agent_id: The assignment's agent.
+        result: What the engine returned.
+        error: What happened instead; exactly one of ``result`` and ``error`` is given.
+        status: How it ended; follows from a result, and is FAILED for an error unless said otherwise.
+        usage: What was spent, also by an agent that failed or was stopped.
+        attempts: How often the agent was started.
+        started_after_seconds: From the start of the group to the start of the engine call; ``None``: never started.
+        duration_seconds: How long the engine call took.
+        exception: The live exception behind ``error``; neither compared, pickled nor serialised.
+    """
+
+    task_id: str = field(validator=not_blank)
+    agent_id: str = field(validator=not_blank)
+    result: AgentRunResult[T] | None = field(default=None, validator=optional(is_a(AgentRunResult)))
+    error: str | None = field(default=None, validator=optional(not_blank))
+    status: OutcomeStatus = field(validator=is_a(OutcomeStatus))
+    usage: Usage = field(validator=is_a(Usage))
+    attempts: int = field(default=1, validator=integer(at_least=0))
+    started_after_seconds: float | None = field(default=None, validator=optional(number(at_least=0)))
+    duration_seconds: float = field(default=0.0, validator=number(at_least=0))
+    exception: BaseException | None = field(
+        default=None, eq=False, repr=False, validator=optional(is_a(BaseException))
+    )
+
+    @status.default
+    def _status_of_the_result(self) -> OutcomeStatus:
+        return OutcomeStatus.FAILED if self.result is None else _STATUS_OF_REASON[self.result.termination_reason]
+
+    @usage.default
+    def _usage_of_the_result(self) -> Usage:
+        return NO_USAGE if self.result is None else self.result.usage
+
+    def __attrs_post_init__(self) -> None:
+        result = self.result
+        if (result is None) == (self.error is None):
+            raise ValueError(f"Exactly one of result or error must be given for task {self.task_id!r}")
+        if result is None:
+            if self.status in (OutcomeStatus.SUCCEEDED, OutcomeStatus.PARKED):
+                raise ValueError(f"status {self.status} needs a result, but task {self.task_id!r} has an error")
+            return
+        if self.status is not _STATUS_OF_REASON[result.termination_reason]:
+            raise ValueError(f"status {self.status} contradicts a result that ended with {result.termination_reason}")
+        if (result.task_id, result.agent_id) != (self.task_id, self.agent_id):
+            raise ValueError(
+                f"The result is for task {result.task_id!r} and agent {result.agent_id!r}, "
+                f"but the outcome is for task {self.task_id!r} and agent {self.agent_id!r}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {a.name: getattr(self, a.name) for a in self.__attrs_attrs__}
+        state["exception"] = None  # a live object: its frames and locals must not travel
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the agent did what it was asked."""
+        return self.status is OutcomeStatus.SUCCEEDED
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether it is neither a success nor parked."""
+        return self.status is not OutcomeStatus.SUCCEEDED and self.status is not OutcomeStatus.PARKED
+
+    @property
+    def output(self) -> T | None:
+        """The result's output, if there is a result."""
+        return None if self.result is None else self.result.output
+
+
+@frozen(kw_only=True)
+class ParallelExecutionResult(Generic[T]):
+    """What came of a group: one outcome per assignment, in assignment order.
+
+    Attributes:
+        group_id: The group.
+        outcomes: In the order of the group's assignments.
+        total_duration_seconds: From the start of the group to its end.
+    """
+
+    group_id: str = field(validator=not_blank)
+    outcomes: tuple[AgentOutcome[T], ...] = field(converter=as_tuple, validator=each_is_a(AgentOutcome))
+    total_duration_seconds: float = field(validator=number(at_least=0))
+
+    @property
+    def agents_succeeded(self) -> int:
+        """How many succeeded."""
+        return sum(outcome.is_success for outcome in self.outcomes)
+
+    @property
+    def agents_failed(self) -> int:
+        """How many are failures, of whatever kind."""
+        return sum(outcome.is_failure for outcome in self.outcomes)
+
+    @property
+    def agents_parked(self) -> int:
+        """How many wait for a person."""
+        return len(self.outcomes) - self.agents_succeeded - self.agents_failed
+
+    @property
+    def all_succeeded(self) -> bool:
+        """Whether every agent did what it was asked."""
+        return all(outcome.is_success for outcome in self.outcomes)
+
+    @property
+    def total_usage(self) -> Usage:
+        """What all agents spent together."""
+        return reduce(add, (outcome.usage for outcome in self.outcomes), NO_USAGE)
+
+    @property
+    def total_cost(self) -> float:
+        """What all agents cost together, in the user's currency."""
+        return self.total_usage.cost
+
+    def outcome_of(self, task_id: str) -> AgentOutcome[T]:
+        """Return the outcome of one task.
+
+        Raises:
+            KeyError: If the group has no such task.
+        """
+        for outcome in self.outcomes:
+            if outcome.task_id == task_id:
+                return outcome
+        raise KeyError(f"group {self.group_id!r} has no task {task_id!r}")
+
+    def raise_for_failures(self) -> None:
+        """Raise if any agent failed.
+
+        Raises:
+            ExceptionGroup: Of AgentFailedError, one per failure, in assignment order.
+        """
+        failures = [AgentFailedError(outcome) for outcome in self.outcomes if outcome.is_failure]
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} of {len(self.outcomes)} agents failed in {self.group_id!r}", failures)
+
+
+@frozen(kw_only=True)
+class ParallelProgress:
+    """How far a group is, at one moment.
+
+    Attributes:
+        group_id: The group.
+        total: Its assignments.
+        completed: Those that have an outcome.
+        in_progress: Those whose engine call runs.
+        succeeded: Of the completed ones, those that succeeded.
+        failed: Of the completed ones, those that are failures.
+        parked: Of the completed ones, those that wait for a person.
+    """
+
+    group_id: str = field(validator=not_blank)
+    total: int = field(validator=integer(at_least=0))
+    completed: int = field(validator=integer(at_least=0))
+    in_progress: int = field(validator=integer(at_least=0))
+    succeeded: int = field(validator=integer(at_least=0))
+    failed: int = field(validator=integer(at_least=0))
+    parked: int = field(default=0, validator=integer(at_least=0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.completed + self.in_progress > self.total:
+            raise ValueError(
+                f"completed + in_progress must not exceed total: {self.completed} + {self.in_progress} > {self.total}"
+            )
+        if self.succeeded + self.failed + self.parked > self.completed:
+            raise ValueError(
+                "succeeded + failed + parked must not exceed completed: "
+                f"{self.succeeded} + {self.failed} + {self.parked} > {self.completed}"
+            )
+
+    @property
+    def pending(self) -> int:
+        """Those that have not started."""
+        return self.total - self.completed - self.in_progress

@@ -1,0 +1,19 @@
+"""What an engine is."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from .._models import AgentAssignment
+from .._outcomes import AgentRunResult
+
+
+@runtime_checkable
+class AgentEngine(Protocol):
+    """Runs one agent on one assignment; the executor calls it once for each."""
+
+    async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
+        """Do the work and return what came of it.
+
+        Whatever is raised becomes that agent's outcome. A cancelled call cleans up and re-raises.
+        Usage that is told to ``current_run().record_usage()`` is kept also when the call fails.
+        """
+        ...

@@ -1,0 +1,39 @@
+"""FunctionEngine: any async function of an assignment as an engine."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .._context import current_run
+from .._models import AgentAssignment
+from .._outcomes import AgentRunResult, TerminationReason
+
+
+class FunctionEngine:
+    """Runs an async function; its return value becomes the output of a completed result.
+
+    A function that returns an ``AgentRunResult`` itself has the last word.
+
+    Args:
+        function: Called with the assignment.
+    """
+
+    def __init__(self, function: Callable[[AgentAssignment], Awaitable[Any]]) -> None:
+        if not callable(function):
+            raise TypeError(f"function must be an async function of an assignment, got {function!r}")
+        self._function = function
+
+    def __repr__(self) -> str:
+        return f"FunctionEngine({getattr(self._function, '__qualname__', self._function)!s})"
+
+    async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
+        """Await the function; usage that it recorded is put into the result."""
+        value = await self._function(assignment)
+        if isinstance(value, AgentRunResult):
+            return value
+        return AgentRunResult(
+            task_id=assignment.task_id,
+            agent_id=assignment.agent_id,
+            termination_reason=TerminationReason.COMPLETED,
+            output=value,
+            usage=current_run().usage,
+        )
