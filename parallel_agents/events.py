@@ -1,0 +1,174 @@
+"""Events: their names, their levels, and the one place from which they go to loguru and to observers.
+
+The library adds no sink and is silent until an application calls ``logger.enable("parallel_agents")``.
+A log record's message is always one of the constants below; data travels in its bound extras, because loguru
+formats a message that comes with keyword arguments, and text from outside must never be a format string.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol, runtime_checkable
+
+import anyio
+from attrs import field, frozen
+from loguru import logger
+
+PARALLEL_GROUP_START: Final = "execution.parallel.group_start"
+"""Info: ``group_id``, ``agent_count``, ``max_concurrency``, ``fail_fast``."""
+PARALLEL_GROUP_COMPLETE: Final = "execution.parallel.group_complete"
+"""Info: ``group_id``, ``succeeded``, ``failed``, ``duration_seconds``, ``status``."""
+PARALLEL_AGENT_START: Final = "execution.parallel.agent_start"
+"""Info, when the engine call starts: ``group_id``, ``agent_id``, ``task_id``."""
+PARALLEL_AGENT_COMPLETE: Final = "execution.parallel.agent_complete"
+"""Info, when the engine returned a result: ``group_id``, ``agent_id``, ``task_id``, ``success``."""
+PARALLEL_AGENT_ERROR: Final = "execution.parallel.agent_error"
+"""Warning, error when fatal: ``group_id``, ``agent_id``, ``task_id``, ``error``."""
+PARALLEL_AGENT_CANCELLED: Final = "execution.parallel.agent_cancelled"
+"""Warning: ``group_id``, ``agent_id``, ``task_id``."""
+PARALLEL_LOCK_ACQUIRED: Final = "execution.parallel.lock_acquired"
+"""Debug: ``resource``, ``holder``."""
+PARALLEL_LOCK_RELEASED: Final = "execution.parallel.lock_released"
+"""Debug: ``resource``, ``holder``."""
+PARALLEL_LOCK_CONFLICT: Final = "execution.parallel.lock_conflict"
+"""Debug for a refused acquire, warning for a wrong holder's release: ``resource``, ``holder``, ``current_holder``."""
+PARALLEL_LOCK_RELEASE_ERROR: Final = "execution.parallel.lock_release_error"
+"""Error: ``group_id``, ``error``."""
+PARALLEL_PROGRESS_UPDATE: Final = "execution.parallel.progress_update"
+"""Debug: ``group_id`` and all counters."""
+PARALLEL_VALIDATION_ERROR: Final = "execution.parallel.validation_error"
+"""Warning: ``group_id``, ``error``."""
+PARALLEL_GROUP_SUPPRESSED: Final = "execution.parallel.group_suppressed"
+"""Warning, when several exceptions end a group and one of them is raised: ``group_id``, ``error``, ``exception_count``."""
+PARALLEL_OBSERVER_ERROR: Final = "execution.parallel.observer_error"
+"""Warning, when a callback or an observer raised: ``error``."""
+
+_LEVELS: Final = {
+    PARALLEL_GROUP_START: "INFO",
+    PARALLEL_GROUP_COMPLETE: "INFO",
+    PARALLEL_AGENT_START: "INFO",
+    PARALLEL_AGENT_COMPLETE: "INFO",
+    PARALLEL_AGENT_ERROR: "WARNING",
+    PARALLEL_AGENT_CANCELLED: "WARNING",
+    PARALLEL_LOCK_ACQUIRED: "DEBUG",
+    PARALLEL_LOCK_RELEASED: "DEBUG",
+    PARALLEL_LOCK_CONFLICT: "DEBUG",
+    PARALLEL_LOCK_RELEASE_ERROR: "ERROR",
+    PARALLEL_PROGRESS_UPDATE: "DEBUG",
+    PARALLEL_VALIDATION_ERROR: "WARNING",
+    PARALLEL_GROUP_SUPPRESSED: "WARNING",
+    PARALLEL_OBSERVER_ERROR: "WARNING",
+}
+
+
+@frozen(kw_only=True)
+class ParallelEvent:
+    """Something that happened in a group.
+
+    Attributes:
+        name: One of this module's constants.
+        group_id: The group.
+        task_id: The task, where the event is about one agent.
+        agent_id: The agent, where the event is about one agent.
+        at_seconds: From the start of the group.
+        fields: What the constant's documentation lists besides the ids.
+    """
+
+    name: str
+    group_id: str
+    task_id: str | None = None
+    agent_id: str | None = None
+    at_seconds: float
+    fields: Mapping[str, Any] = field(factory=dict)
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Watches a run. What it raises is logged and changes nothing; it must not block."""
+
+    def on_event(self, event: ParallelEvent, /) -> None:
+        """Take note of an event; called in the event loop, while nothing else runs."""
+        ...
+
+
+def error_text(error: BaseException) -> str:
+    """Return ``<TypeName>: <message>``, or ``<TypeName> (no message)``; for an exception that cannot even say that, its type."""
+    name = type(error).__name__
+    try:
+        message = str(error)
+    except Exception:  # an agent's own __str__ failed; its outcome must be written all the same
+        return f"{name} (its message cannot be read)"
+    return f"{name}: {message}" if message.strip() else f"{name} (no message)"
+
+
+def write_log(name: str, /, *, level: str | None = None, **fields: Any) -> None:
+    """Write one record to loguru, with *name* as its message and *fields* as its extras."""
+    logger.bind(**fields).log(level or _LEVELS[name], name)
+
+
+def call_quietly(function: Callable[[Any], object], value: object) -> None:
+    """Call a user's callback; what it raises is logged and goes no further, except an order to end the program."""
+    try:
+        function(value)
+    except (Exception, anyio.get_cancelled_exc_class()) as error:  # noqa: ASYNC103 - nothing was awaited: not a cancellation
+        write_log(PARALLEL_OBSERVER_ERROR, error=error_text(error))
+
+
+class GroupEvents:
+    """Sends one group's events to loguru and to the observers; costs next to nothing when nobody listens.
+
+    Whether anybody reads logs at level info is asked once, with the group's first event: logging that is switched
+    on in the middle of a group is seen by the next group, except for warnings and errors, which are always sent.
+
+    Args:
+        group_id: The group.
+        observers: Who is told.
+        started: The clock's time at the start of the group.
+    """
+
+    def __init__(self, group_id: str, observers: Sequence[Observer], started: float) -> None:
+        self._group_id = group_id
+        self._observers = observers
+        self._started = started
+        self._logs_are_read = False
+        self.are_heard = bool(observers)
+
+    def start(self, **fields: Any) -> None:
+        """Tell that the group starts, and find out whether anybody reads the log."""
+        extras = {"group_id": self._group_id, **fields}
+        # loguru calls the argument of a lazy record only when a sink takes the record
+        logger.bind(**extras).opt(lazy=True).info(PARALLEL_GROUP_START, self._note_that_logs_are_read)
+        self._tell_observers(PARALLEL_GROUP_START, None, None, fields)
+
+    def emit(
+        self,
+        name: str,
+        /,
+        *,
+        task_id: str | None = None,
+        agent_id: str | None = None,
+        level: str | None = None,
+        **fields: Any,
+    ) -> None:
+        """Send one event; *level* stands above the one of the table."""
+        level = level or _LEVELS[name]
+        if self._logs_are_read or level not in ("INFO", "DEBUG"):
+            ids = {} if task_id is None else {"agent_id": agent_id, "task_id": task_id}
+            write_log(name, level=level, group_id=self._group_id, **ids, **fields)
+        self._tell_observers(name, task_id, agent_id, fields)
+
+    def _note_that_logs_are_read(self) -> str:
+        self._logs_are_read = self.are_heard = True
+        return ""
+
+    def _tell_observers(self, name: str, task_id: str | None, agent_id: str | None, fields: Mapping[str, Any]) -> None:
+        if not self._observers:
+            return
+        event = ParallelEvent(
+            name=name,
+            group_id=self._group_id,
+            task_id=task_id,
+            agent_id=agent_id,
+            at_seconds=anyio.current_time() - self._started,
+            fields=fields,
+        )
+        for observer in self._observers:
+            call_quietly(observer.on_event, event)
