@@ -1,0 +1,154 @@
+"""What is checked before a change is taken: ``nox`` runs all of it, ``nox -s lint typing`` a part.
+
+Tests run against the built wheel, never against the checkout. Tools come in their newest version; see
+``[dependency-groups]`` in pyproject.toml.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+DIST = Path(".nox", "dist").resolve()
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Keeps the checkout off ``sys.path``; otherwise ``python -m pytest`` quietly tests it instead of the wheel."""
+
+OUTSIDE_THE_CORE = [
+    "parallel_agents/__main__.py",
+    "parallel_agents/_display.py",
+    "parallel_agents/cli.py",
+    "parallel_agents/plan.py",
+    "parallel_agents/engines/process.py",
+]
+"""Files that need 95 % branch coverage; all others need 100 %."""
+
+nox.needs_version = ">=2025.5"
+nox.options.error_on_external_run = True
+nox.options.download_python = "never"
+nox.options.sessions = ["lint", "typing", "docs", "no_trio", "coverage", "tests"]
+
+
+def _resolve(python: Path) -> Path | None:
+    """Return the interpreter behind a path, or None if it does not start, as pyenv's shims of other versions do."""
+    try:
+        run = subprocess.run([python, "-c", "import sys; print(sys.executable)"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return Path(run.stdout.decode().strip())
+
+
+def _find(version: str) -> Path | None:
+    """Look for Python *version* on PATH, beside the running one, and in pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    folders = [
+        *map(Path, os.environ["PATH"].split(os.pathsep)),
+        Path(sys.base_prefix, "bin"),
+        *sorted(pyenv.glob(f"{version}.*/bin")),
+    ]
+    candidates = (folder / f"python{version}" for folder in folders)
+    return next((real for python in candidates if python.exists() and (real := _resolve(python))), None)
+
+
+def _installed_pythons() -> list[str]:
+    """Return the supported versions that are installed, and put them where nox finds them: first on PATH."""
+    prefix = "Programming Language :: Python :: 3."
+    supported = [c.rpartition(" ")[2] for c in PYPROJECT["project"]["classifiers"] if c.startswith(prefix)]
+    found = {version: python for version in supported if (python := _find(version))}
+    for version in supported:
+        if version not in found:
+            print(f"nox: Python {version} is not installed: skipping its tests", file=sys.stderr)
+    if not found:
+        sys.exit(f"nox: none of Python {', '.join(supported)} is installed")
+    os.environ["PATH"] = os.pathsep.join([*(str(python.parent) for python in found.values()), os.environ["PATH"]])
+    return list(found)
+
+
+PYTHONS = _installed_pythons()
+
+
+def _group(name: str) -> list[str]:
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
+def _install_wheel(session: nox.Session, *requirements: str) -> None:
+    """Install the wheel that the build session made, with *requirements* beside it, and make sure it is what runs."""
+    (wheel,) = DIST.glob("*.whl")
+    session.install("-q", str(wheel), *requirements)
+    session.install("-q", "--force-reinstall", "--no-deps", str(wheel))  # in a venv that is used again
+    where = session.run(
+        "python", "-c", "import parallel_agents as p; print(p.__file__)", env=SAFE_PATH, silent=True, log=False
+    )
+    if "site-packages" not in str(where):
+        session.error(f"the tests would run against {where}, not against the wheel")
+
+
+@nox.session(python=PYTHONS[0])
+def build(session: nox.Session) -> None:
+    """Build the sdist, and the wheel from the sdist."""
+    for old in DIST.glob("*"):
+        old.unlink()
+    session.install("-q", "build")
+    session.run("python", "-m", "build", "--outdir", str(DIST))
+
+
+@nox.session(python=PYTHONS, requires=["build"])
+def tests(session: nox.Session) -> None:
+    """Run the tests against the wheel, on asyncio and trio."""
+    _install_wheel(session, *EXTRAS["cli"], *_group("tests"))
+    session.run("pytest", *session.posargs, env=SAFE_PATH)
+
+
+@nox.session(python=PYTHONS[-1], requires=["build"])
+def no_trio(session: nox.Session) -> None:
+    """Run the tests where trio is not installed; its cases are skipped here and nowhere else."""
+    _install_wheel(session, *(r for r in EXTRAS["cli"] if not r.startswith("trio")), *_group("tests"))
+    session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
+    session.run("pytest", *session.posargs, env=SAFE_PATH)
+
+
+@nox.session(python=PYTHONS[0], requires=["build"])
+def coverage(session: nox.Session) -> None:
+    """Measure branches: every one of the core, 95 % of what stands around it."""
+    _install_wheel(session, *EXTRAS["cli"], *_group("tests"), *_group("coverage"))
+    around = ",".join(OUTSIDE_THE_CORE)
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs, env=SAFE_PATH)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report", f"--omit={around}", "--fail-under=100")
+    session.run("coverage", "report", f"--include={around}", "--fail-under=95")
+
+
+@nox.session(python=PYTHONS[0])
+def lint(session: nox.Session) -> None:
+    """Check rules and format: ruff, and flake8-async for what only it finds."""
+    session.install("-q", *_group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("flake8")
+
+
+@nox.session(python=PYTHONS[0])
+def typing(session: nox.Session) -> None:
+    """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
+    session.install("-q", "-e", ".[cli]", *_group("typing"), *_group("bench"))
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session(python=PYTHONS[0])
+def docs(session: nox.Session) -> None:
+    """Build the documentation; every warning and every reference that leads nowhere is an error."""
+    session.install("-q", ".[cli]", *_group("docs"))
+    session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session(python=PYTHONS[0], default=False)
+def bench(session: nox.Session) -> None:
+    """Measure the overhead per agent beside its peers; takes minutes, and wants a quiet machine."""
+    session.install("-q", ".[trio]", *_group("bench"))
+    session.run("python", "benchmarks/overhead.py", *session.posargs)
