@@ -7,19 +7,25 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeAlias
 
-JSON: TypeAlias = "str | int | float | bool | None | Mapping[str, JSON] | list[JSON] | tuple[JSON, ...]"
+JSON: TypeAlias = "str | int | float | bool | Mapping[str, JSON] | list[JSON] | tuple[JSON, ...] | None"
 """What can be written as JSON without loss; numbers are finite and keys are strings."""
 
 Check: TypeAlias = "Callable[[Any, Any, Any], None]"
 """The signature of an attrs validator: instance, attribute, value."""
+
+JSON_DEPTH = 100
+"""Levels of tables and lists that a JSON value may have; deeper ones would end in a RecursionError somewhere."""
 
 _SHOWN_CHARACTERS = 80
 """Characters of a refused value that an error message shows."""
 
 
 def shown(value: object) -> str:
-    """Return *value* for an error message, short whatever its size."""
-    text = repr(value)
+    """Return *value* for an error message, short whatever its size, and whatever its own ``__repr__`` does."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a message about a bad value must not fail because of it
+        return f"<{type(value).__name__} without a repr>"
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
@@ -38,13 +44,23 @@ def not_blank(instance: object, attribute: Any, value: str) -> None:
     """Accept a string with something in it besides white space."""
     is_text(instance, attribute, value)
     if not value.strip():
-        raise ValueError(f"{attribute.name} must not be blank, got {value!r}")
+        raise ValueError(f"{attribute.name} must not be blank, got {shown(value)}")
 
 
 def is_flag(_instance: object, attribute: Any, value: object) -> None:
     """Accept True and False only."""
     if not isinstance(value, bool):
         raise wrong_type(attribute.name, "True or False", value)
+
+
+def one_of(*values: str) -> Check:
+    """Accept one of some strings."""
+
+    def check(_instance: object, attribute: Any, value: object) -> None:
+        if value not in values:
+            raise ValueError(f"{attribute.name} must be one of {', '.join(values)}, got {shown(value)}")
+
+    return check
 
 
 def is_a(kind: type, wanted: str | None = None) -> Check:
@@ -75,7 +91,7 @@ def integer(*, at_least: int | None = None) -> Check:
         if type(value) is not int:
             raise wrong_type(attribute.name, "an integer", value)
         if at_least is not None and value < at_least:
-            raise ValueError(f"{attribute.name} must be >= {at_least}, got {value}")
+            raise ValueError(f"{attribute.name} must be >= {at_least}, got {shown(value)}")
 
     return check
 
@@ -86,14 +102,21 @@ def number(*, at_least: float | None = None, above: float | None = None) -> Chec
     def check(_instance: object, attribute: Any, value: object) -> None:
         if type(value) is not float and type(value) is not int:
             raise wrong_type(attribute.name, "a number", value)
-        if not math.isfinite(value):
-            raise ValueError(f"{attribute.name} must be finite, got {value}")
+        if not _is_finite(value):
+            raise ValueError(f"{attribute.name} must be finite, got {shown(value)}")
         if at_least is not None and value < at_least:
-            raise ValueError(f"{attribute.name} must be >= {at_least}, got {value}")
+            raise ValueError(f"{attribute.name} must be >= {at_least}, got {shown(value)}")
         if above is not None and value <= above:
-            raise ValueError(f"{attribute.name} must be > {above}, got {value}")
+            raise ValueError(f"{attribute.name} must be > {above}, got {shown(value)}")
 
     return check
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the floats: it could not be added to a clock's time
+        return False
 
 
 def as_tuple(value: Iterable[Any]) -> tuple[Any, ...]:
@@ -103,7 +126,7 @@ def as_tuple(value: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _refuse(self: object, *_args: object, **_kwargs: object) -> NoReturn:
+def _refuse(*_args: object, **_kwargs: object) -> NoReturn:
     raise TypeError("this value is read-only; use attrs.evolve() on its owner to change it")
 
 
@@ -111,7 +134,7 @@ class FrozenDict(dict[str, Any]):
     """A dict that cannot be changed: it compares, pickles and serialises as the dict it is."""
 
     __slots__ = ()
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[type["FrozenDict"], tuple[dict[str, Any]]]:
         return FrozenDict, (dict(self),)
@@ -121,38 +144,39 @@ class FrozenList(list[Any]):
     """A list that cannot be changed: it compares, pickles and serialises as the list it is."""
 
     __slots__ = ()
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
-    append = clear = extend = insert = pop = remove = reverse = sort = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+    append = clear = extend = insert = pop = remove = reverse = sort = _refuse
 
-    def __reduce__(self) -> tuple[type["FrozenList"], tuple[list[Any]]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type["FrozenList"], tuple[list[Any]]]:
         return FrozenList, (list(self),)
 
 
-def frozen_json(value: object, path: str) -> Any:
-    """Return a read-only deep copy of *value*, which must be JSON; errors name the place below *path*."""
+def frozen_json(value: object, path: str, depth: int = JSON_DEPTH) -> Any:
+    """Return a read-only deep copy of *value*, which must be JSON; errors name the place below *path*.
+
+    Tables and lists may be nested *depth* levels deep, which also ends those that contain themselves.
+    """
     if value is None or type(value) in (str, bool, int):
         return value
     if type(value) is float:
         if not math.isfinite(value):
             raise ValueError(f"{path} must be finite, got {value}")
         return value
+    if isinstance(value, Mapping | list | tuple) and not depth:
+        raise ValueError(f"{path[:_SHOWN_CHARACTERS]}... must not be nested deeper than {JSON_DEPTH} levels")
     if isinstance(value, Mapping):
         for key in value:
             if type(key) is not str:
                 raise wrong_type(f"a key of {path}", "a string", key)
-        return FrozenDict({key: frozen_json(item, f"{path}[{key}]") for key, item in value.items()})
+        return FrozenDict({key: frozen_json(item, f"{path}[{key}]", depth - 1) for key, item in value.items()})
     if isinstance(value, list | tuple):
-        return FrozenList([frozen_json(item, f"{path}[{position}]") for position, item in enumerate(value)])
+        return FrozenList([frozen_json(item, f"{path}[{position}]", depth - 1) for position, item in enumerate(value)])
     raise wrong_type(path, "JSON (text, number, true, false, null, list, table)", value)
 
 
-def json_table(name: str) -> Callable[[object], FrozenDict]:
-    """Return a converter that takes a mapping to a read-only JSON table."""
-
-    def convert(value: object) -> FrozenDict:
-        if not isinstance(value, Mapping):
-            raise wrong_type(name, "a mapping", value)
-        table: FrozenDict = frozen_json(value, name)
-        return table
-
-    return convert
+def json_table(value: object, name: str) -> FrozenDict:
+    """Return a read-only copy of a mapping whose values are JSON; *name* is the field that an error is about."""
+    if not isinstance(value, Mapping):
+        raise wrong_type(name, "a mapping", value)
+    table: FrozenDict = frozen_json(value, name)
+    return table

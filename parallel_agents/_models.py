@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Self
 
-from attrs import field, fields_dict, frozen
-from attrs.converters import optional as converted_if_given
-from attrs.validators import in_, optional
+from attrs import Factory, field, fields_dict, frozen
+from attrs.validators import optional
 
 from ._checks import (
     JSON,
@@ -23,6 +22,7 @@ from ._checks import (
     json_table,
     not_blank,
     number,
+    one_of,
 )
 from ._claims import ResourceClaim
 
@@ -70,8 +70,16 @@ class ChatMessage:
         content: What was said; may be empty.
     """
 
-    role: str = field(validator=in_(CHAT_ROLES))
+    role: str = field(validator=one_of(*CHAT_ROLES))
     content: str = field(default="", validator=is_text)
+
+
+def _as_response_format(value: object) -> FrozenDict | None:
+    return None if value is None else json_table(value, "response_format")
+
+
+def _as_extra(value: object) -> FrozenDict:
+    return json_table(value, "extra")
 
 
 @frozen(kw_only=True)
@@ -93,10 +101,8 @@ class CompletionConfig:
     max_tokens: int | None = field(default=None, validator=optional(integer(at_least=1)))
     stop: tuple[str, ...] = field(default=(), converter=as_tuple, validator=each_is_a(str))
     seed: int | None = field(default=None, validator=optional(integer()))
-    response_format: FrozenDict | None = field(
-        default=None, converter=converted_if_given(json_table("response_format"))
-    )
-    extra: FrozenDict = field(factory=FrozenDict, converter=json_table("extra"))
+    response_format: FrozenDict | None = field(default=None, converter=_as_response_format)
+    extra: FrozenDict = field(factory=FrozenDict, converter=_as_extra)
 
 
 @frozen(kw_only=True)
@@ -112,14 +118,14 @@ class AgentIdentity:
     """
 
     id: str = field(converter=str, validator=not_blank)
-    name: str = field(validator=not_blank)
+    name: str = field(default=Factory(lambda self: self.id, takes_self=True), validator=not_blank)
     role: str = field(default="", validator=is_text)
     instructions: str = field(default="", validator=is_text)
     model: str | None = field(default=None, validator=optional(not_blank))
 
-    @name.default
-    def _name_is_the_id(self) -> str:
-        return self.id
+
+def _as_inputs(value: object) -> FrozenDict:
+    return json_table(value, "inputs")
 
 
 @frozen(kw_only=True)
@@ -136,19 +142,20 @@ class Task:
     id: str = field(validator=not_blank)
     title: str = field(default="", validator=is_text)
     description: str = field(default="", validator=is_text)
-    inputs: FrozenDict = field(factory=FrozenDict, converter=json_table("inputs"))
+    inputs: FrozenDict = field(factory=FrozenDict, converter=_as_inputs)
 
 
-def _as_claim(value: object) -> object:
-    return ResourceClaim(resource=value) if isinstance(value, str) else value
-
-
-def _as_claims(values: Iterable[object]) -> tuple[object, ...]:
-    return tuple(_as_claim(value) for value in as_tuple(values))
+def _as_claims(values: Iterable[ResourceClaim | str]) -> tuple[ResourceClaim, ...]:
+    return tuple(ResourceClaim(resource=value) if isinstance(value, str) else value for value in as_tuple(values))
 
 
 def _repeated(values: Iterable[str]) -> list[str]:
     return sorted(value for value, count in Counter(values).items() if count > 1)
+
+
+def _claims_are_distinct(_instance: object, _attribute: Any, claims: tuple[ResourceClaim, ...]) -> None:
+    if claims and (repeated := _repeated(claim.resource for claim in claims)):
+        raise ValueError(f"Duplicate resource claims: {', '.join(repeated)}. Claim each resource once.")
 
 
 @frozen(kw_only=True)
@@ -171,15 +178,9 @@ class AgentAssignment:
     max_turns: int = field(default=20, validator=integer(at_least=1))
     timeout_seconds: float | None = field(default=None, validator=optional(number(above=0)))
     memory_messages: tuple[ChatMessage, ...] = field(default=(), converter=as_tuple, validator=each_is_a(ChatMessage))
-    resource_claims: tuple[ResourceClaim, ...] = field(default=(), converter=_as_claims)
-
-    @resource_claims.validator
-    def _claims_are_distinct(self, attribute: Any, claims: tuple[ResourceClaim, ...]) -> None:
-        if not claims:
-            return
-        each_is_a(ResourceClaim)(self, attribute, claims)
-        if repeated := _repeated(claim.resource for claim in claims):
-            raise ValueError(f"Duplicate resource claims: {', '.join(repeated)}. Claim each resource once.")
+    resource_claims: tuple[ResourceClaim, ...] = field(
+        default=(), converter=_as_claims, validator=[each_is_a(ResourceClaim), _claims_are_distinct]
+    )
 
     @property
     def agent_id(self) -> str:
@@ -190,6 +191,17 @@ class AgentAssignment:
     def task_id(self) -> str:
         """The task's id."""
         return self.task.id
+
+
+def _ids_are_unique(_instance: object, _attribute: Any, assignments: tuple[AgentAssignment, ...]) -> None:
+    if not assignments:
+        raise ValueError("assignments must hold at least one assignment")
+    if len({a.task.id for a in assignments}) < len(assignments):
+        repeated = _repeated(a.task_id for a in assignments)
+        raise ValueError(f"Duplicate task IDs: {', '.join(repeated)}. Give each task its own.")
+    if len({a.identity.id for a in assignments}) < len(assignments):
+        repeated = _repeated(a.agent_id for a in assignments)
+        raise ValueError(f"Duplicate agent IDs: {', '.join(repeated)}. Give each agent its own.")
 
 
 @frozen(kw_only=True)
@@ -204,20 +216,11 @@ class ParallelExecutionGroup:
     """
 
     group_id: str = field(validator=not_blank)
-    assignments: tuple[AgentAssignment, ...] = field(converter=as_tuple, validator=each_is_a(AgentAssignment))
+    assignments: tuple[AgentAssignment, ...] = field(
+        converter=as_tuple, validator=[each_is_a(AgentAssignment), _ids_are_unique]
+    )
     max_concurrency: int | None = field(default=None, validator=optional(integer(at_least=1)))
     fail_fast: bool = field(default=False, validator=is_flag)
-
-    @assignments.validator
-    def _ids_are_unique(self, _attribute: Any, assignments: tuple[AgentAssignment, ...]) -> None:
-        if not assignments:
-            raise ValueError("assignments must hold at least one assignment")
-        if len({a.task.id for a in assignments}) < len(assignments):
-            repeated = _repeated(a.task_id for a in assignments)
-            raise ValueError(f"Duplicate task IDs: {', '.join(repeated)}. Give each task its own.")
-        if len({a.identity.id for a in assignments}) < len(assignments):
-            repeated = _repeated(a.agent_id for a in assignments)
-            raise ValueError(f"Duplicate agent IDs: {', '.join(repeated)}. Give each agent its own.")
 
     @classmethod
     def map(cls, group_id: str, identity: AgentIdentity, tasks: Iterable[Task], **options: Any) -> Self:

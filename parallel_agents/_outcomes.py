@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Any, Generic, TypeVar
 
-from attrs import field, frozen
+from attrs import Factory, field, fields, frozen
 from attrs.validators import optional
 
 from ._checks import as_tuple, each_is_a, integer, is_a, not_blank, number
@@ -76,21 +76,18 @@ class AgentRunResult(Generic[T]):
     agent_id: str = field(validator=not_blank)
     termination_reason: TerminationReason = field(validator=is_a(TerminationReason))
     output: T | None = None
-    error_message: str | None = field(default=None)
+    error_message: str | None = field(default=None, validator=optional(not_blank))
     usage: Usage = field(default=NO_USAGE, validator=is_a(Usage))
     turns: int = field(default=0, validator=integer(at_least=0))
     duration_seconds: float = field(default=0.0, validator=number(at_least=0))
     messages: tuple[ChatMessage, ...] = field(default=(), converter=as_tuple, validator=each_is_a(ChatMessage))
 
-    @error_message.validator
-    def _error_goes_with_its_reason(self, attribute: Any, value: str | None) -> None:
+    def __attrs_post_init__(self) -> None:
         failed = self.termination_reason is TerminationReason.ERROR
-        if failed and value is None:
+        if failed and self.error_message is None:
             raise ValueError("error_message is required when termination_reason is ERROR")
-        if value is not None:
-            if not failed:
-                raise ValueError(f"error_message goes with ERROR only, not with {self.termination_reason.name}")
-            not_blank(self, attribute, value)
+        if not failed and self.error_message is not None:
+            raise ValueError(f"error_message goes with ERROR only, not with {self.termination_reason.name}")
 
     @property
     def is_success(self) -> bool:
@@ -114,13 +111,18 @@ class AgentRunResult(Generic[T]):
         return next(said, None)
 
 
-_STATUS_OF_REASON = {
-    reason: OutcomeStatus.FAILED
-    for reason in TerminationReason
-} | {
+_STATUS_OF_REASON = dict.fromkeys(TerminationReason, OutcomeStatus.FAILED) | {
     TerminationReason.COMPLETED: OutcomeStatus.SUCCEEDED,
     TerminationReason.PARKED: OutcomeStatus.PARKED,
 }
+
+
+def _status_of_its_result(outcome: "AgentOutcome[Any]") -> OutcomeStatus:
+    return OutcomeStatus.FAILED if outcome.result is None else _STATUS_OF_REASON[outcome.result.termination_reason]
+
+
+def _usage_of_its_result(outcome: "AgentOutcome[Any]") -> Usage:
+    return NO_USAGE if outcome.result is None else outcome.result.usage
 
 
 @frozen(kw_only=True)
@@ -144,22 +146,14 @@ class AgentOutcome(Generic[T]):
     agent_id: str = field(validator=not_blank)
     result: AgentRunResult[T] | None = field(default=None, validator=optional(is_a(AgentRunResult)))
     error: str | None = field(default=None, validator=optional(not_blank))
-    status: OutcomeStatus = field(validator=is_a(OutcomeStatus))
-    usage: Usage = field(validator=is_a(Usage))
+    status: OutcomeStatus = field(
+        default=Factory(_status_of_its_result, takes_self=True), validator=is_a(OutcomeStatus)
+    )
+    usage: Usage = field(default=Factory(_usage_of_its_result, takes_self=True), validator=is_a(Usage))
     attempts: int = field(default=1, validator=integer(at_least=0))
     started_after_seconds: float | None = field(default=None, validator=optional(number(at_least=0)))
     duration_seconds: float = field(default=0.0, validator=number(at_least=0))
-    exception: BaseException | None = field(
-        default=None, eq=False, repr=False, validator=optional(is_a(BaseException))
-    )
-
-    @status.default
-    def _status_of_the_result(self) -> OutcomeStatus:
-        return OutcomeStatus.FAILED if self.result is None else _STATUS_OF_REASON[self.result.termination_reason]
-
-    @usage.default
-    def _usage_of_the_result(self) -> Usage:
-        return NO_USAGE if self.result is None else self.result.usage
+    exception: BaseException | None = field(default=None, eq=False, repr=False, validator=optional(is_a(BaseException)))
 
     def __attrs_post_init__(self) -> None:
         result = self.result
@@ -178,7 +172,7 @@ class AgentOutcome(Generic[T]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {a.name: getattr(self, a.name) for a in self.__attrs_attrs__}
+        state = {a.name: getattr(self, a.name) for a in fields(type(self))}
         state["exception"] = None  # a live object: its frames and locals must not travel
         return state
 
@@ -265,7 +259,8 @@ class ParallelExecutionResult(Generic[T]):
         """
         failures = [AgentFailedError(outcome) for outcome in self.outcomes if outcome.is_failure]
         if failures:
-            raise ExceptionGroup(f"{len(failures)} of {len(self.outcomes)} agents failed in {self.group_id!r}", failures)
+            count = f"{len(failures)} of {len(self.outcomes)} agents failed"
+            raise ExceptionGroup(f"{count} in {self.group_id!r}", failures)
 
 
 @frozen(kw_only=True)
