@@ -56,6 +56,15 @@ _REPR_CHARACTERS = 10_000
 _INTEGER_BITS = 2_000
 """Larger integers are no JSON: Python itself refuses to read back very long ones."""
 
+_STEP_CHARACTERS = 80
+"""Longer keys are cut where a place is named."""
+
+_NAMED_KEYS = 10
+"""Unknown keys of one table that are named; looking for what each was meant to be takes time."""
+
+MISSING = "missing"
+"""What is wrong with a key that must be there and is not."""
+
 _NOT_WRITTEN = frozenset({"exception"})
 """Attributes that hold live objects."""
 
@@ -266,10 +275,11 @@ def _finite(text: str) -> float:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"key {shown(key)} is given twice")
+        table[key] = value
     return table
 
 
@@ -468,10 +478,13 @@ def problems_of(error: BaseException, place: str = "") -> Iterator[tuple[str, st
             yield from problems_of(inner, below(place, _step(inner)))
     elif isinstance(error, ForbiddenExtraKeysError):
         known = list(model_hints(get_origin(error.cl) or error.cl))
-        for key in sorted(map(str, error.extra_fields)):
+        unknown = sorted(map(str, error.extra_fields))
+        for key in unknown[:_NAMED_KEYS]:
             yield below(place, key), unknown_key(key, known)
+        if len(unknown) > _NAMED_KEYS:
+            yield place, f"{len(unknown) - _NAMED_KEYS} more unknown keys"
     elif isinstance(error, KeyError):
-        yield place, "missing"
+        yield place, MISSING
     else:
         yield _placed(place, str(error))
 
@@ -487,10 +500,13 @@ def _step(error: BaseException) -> str | int | None:
 
 
 def below(place: str, step: str | int | None) -> str:
-    """Return the place of a field or an item, such as ``assignments[3].timeout_seconds``."""
+    """Return the place of a field or an item, such as ``assignments[3].timeout_seconds``; one short, printable line."""
     if isinstance(step, int):
         return f"{place}[{step}]"
-    return f"{place}.{step}" if place and step else place or step or ""
+    if not step:
+        return place
+    name = step if step.isprintable() and len(step) < _STEP_CHARACTERS else shown(step)
+    return f"{place}.{name}" if place else name
 
 
 def _placed(place: str, message: str) -> tuple[str, str]:
