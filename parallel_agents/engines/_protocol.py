@@ -17,3 +17,16 @@ class AgentEngine(Protocol):
         Usage that is told to ``current_run().record_usage()`` is kept also when the call fails.
         """
         ...
+
+
+@runtime_checkable
+class ChecksAssignments(Protocol):
+    """An engine that can tell, before anything starts, that it cannot run an assignment."""
+
+    def check(self, assignment: AgentAssignment, /) -> None:
+        """Refuse an assignment that cannot be run; called once for each, before any runs.
+
+        Raises:
+            ValueError: Saying what is wrong with it.
+        """
+        ...

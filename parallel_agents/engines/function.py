@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .._context import current_run
 from .._models import AgentAssignment
 from .._outcomes import AgentRunResult, TerminationReason
 
@@ -26,7 +25,7 @@ class FunctionEngine:
         return f"FunctionEngine({getattr(self._function, '__qualname__', self._function)!s})"
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
-        """Await the function; usage that it recorded is put into the result."""
+        """Await the function."""
         value = await self._function(assignment)
         if isinstance(value, AgentRunResult):
             return value
@@ -35,5 +34,4 @@ class FunctionEngine:
             agent_id=assignment.agent_id,
             termination_reason=TerminationReason.COMPLETED,
             output=value,
-            usage=current_run().usage,
         )

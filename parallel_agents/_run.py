@@ -1,0 +1,737 @@
+"""GroupRun: one execution of a group in flight: its workers, their scopes, the counters and the outcomes.
+
+Workers pull assignments from the admission, one after another; an engine call runs in the worker's task but in a
+context of its own. A worker has one cancel scope, renewed when it was used up; a task that an agent spoiled is left,
+and another takes its place. Everything that decides what came of an agent is one synchronous step.
+
+Knows engines and locks as protocols only.
+"""
+
+import math
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import Context, copy_context
+from typing import Any, Generic, TypeVar, cast
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
+from attrs import define
+
+from ._admission import Admission
+from ._context import RunContext, _current
+from ._drive import drive
+from ._endings import (
+    CALLER_CANCELLED,
+    RUN_CANCELLED,
+    SHUTDOWN,
+    TASK_CANCELLED,
+    Stop,
+    fatal_in,
+    is_cancellation,
+    leaves,
+    order_to_end,
+)
+from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConflictError
+from ._holding import HeldClaims, refuse_overlaps
+from ._models import NO_USAGE, AgentAssignment, ParallelExecutionGroup, Usage
+from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
+from ._shutdown import ShutdownManager
+from ._slots import Slot
+from .engines._protocol import AgentEngine, ChecksAssignments
+from .events import (
+    PARALLEL_AGENT_CANCELLED,
+    PARALLEL_AGENT_COMPLETE,
+    PARALLEL_AGENT_ERROR,
+    PARALLEL_AGENT_START,
+    PARALLEL_GROUP_COMPLETE,
+    PARALLEL_GROUP_SUPPRESSED,
+    PARALLEL_PROGRESS_UPDATE,
+    PARALLEL_VALIDATION_ERROR,
+    GroupEvents,
+    Observer,
+    call_quietly,
+    error_text,
+)
+from .locks._protocol import ResourceLock
+
+T = TypeVar("T")
+
+MAX_NESTING = 32
+"""How deep groups may be nested; some hundred nested task groups cannot be cancelled on asyncio any more."""
+
+SCOPE_IS_CHECKED_AFTER = 0.001
+"""Seconds of an engine call from which on its worker's scope is renewed, which shows whether a scope was left open.
+
+Renewing costs about five microseconds, so that shorter calls are checked only for what shows without it: a deadline
+that was left behind, and a cancellation.
+"""
+
+
+@define(eq=False, kw_only=True)
+class EngineCall(RunContext):
+    """One engine call in flight: what ``current_run()`` shows of it, and what the run needs to stop it."""
+
+    run: "GroupRun[Any]"
+    position: int
+    scope: anyio.CancelScope
+    slot: Slot | None
+    started: float
+    stop: Stop | None = None
+    took_long: bool = False
+    spoiled_its_task: bool = False
+
+
+@define(eq=False, kw_only=True)
+class Settings:
+    """What an executor gives each of its runs."""
+
+    engine: AgentEngine
+    limiter: anyio.CapacityLimiter | None
+    resource_lock: ResourceLock
+    shutdown_manager: ShutdownManager | None
+    progress_callback: Callable[[ParallelProgress], object] | None
+    observers: tuple[Observer, ...]
+
+
+class GroupRun(Generic[T]):
+    """A group in flight, as ``ParallelExecutor.open_group()`` gives it.
+
+    Iterate over it for outcomes in order of completion; each iteration starts from the first one. It waits for the
+    next outcome, ends with the group's last, and cancelling it cancels nothing else.
+    """
+
+    def __init__(self, group: ParallelExecutionGroup, settings: Settings) -> None:
+        self.group = group
+        self._settings = settings
+        self._admission = Admission(len(group.assignments), group.max_concurrency)
+        self._outcomes: list[AgentOutcome[T] | None] = [None] * len(group.assignments)
+        self._order: list[int] = []
+        self._news: anyio.Event | None = None
+        self._positions: dict[str, int] | None = None
+        self._result: ParallelExecutionResult[T] | None = None
+
+        self._started = anyio.current_time()
+        self._events = GroupEvents(group.group_id, settings.observers, self._started)
+        self._claims = HeldClaims(settings.resource_lock, group.group_id, group.assignments, self._events)
+        self._enclosing = _enclosing_call()
+        self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
+        self._context: Context = copy_context()
+        self._cancelled_class = anyio.get_cancelled_exc_class()
+
+        self._tasks: TaskGroup
+        self._workers = 0
+        self._waiting: set[anyio.CancelScope] = set()
+        self._running: dict[int, EngineCall] = {}
+        self._stopped: Stop | None = None
+        self._grace_ends = math.inf
+        self._ran_at_shutdown: frozenset[int] = frozenset()
+        self._fatal: list[Exception] = []
+        self._order_to_end: BaseException | None = None
+        self._succeeded = self._failed = self._parked = 0
+
+    def __repr__(self) -> str:
+        return f"<GroupRun {self.group.group_id!r}: {self.progress}>"
+
+    # What users see
+
+    @property
+    def progress(self) -> ParallelProgress:
+        """How far the group is, at this moment."""
+        return ParallelProgress(
+            group_id=self.group.group_id,
+            total=len(self._outcomes),
+            completed=len(self._order),
+            in_progress=len(self._running),
+            succeeded=self._succeeded,
+            failed=self._failed,
+            parked=self._parked,
+        )
+
+    @property
+    def result(self) -> ParallelExecutionResult[T]:
+        """The outcomes of all assignments; there after the block, however it was left.
+
+        Raises:
+            RuntimeError: While the group is running.
+        """
+        if self._result is None:
+            raise RuntimeError(f"group {self.group.group_id!r} is running; its result is there after the block")
+        return self._result
+
+    def cancel(self) -> None:
+        """Cancel what runs, and start nothing more. Never waits; the block's end waits for the agents."""
+        self._stop_all(RUN_CANCELLED)
+
+    def cancel_task(self, task_id: str) -> bool:
+        """Cancel one task, running or not. Never waits.
+
+        Returns:
+            Whether there was something to cancel; False if the task has its outcome already.
+
+        Raises:
+            KeyError: If the group has no such task.
+        """
+        position = self._position_of(task_id)
+        if (call := self._running.get(position)) is not None:
+            self._stop_call(call, TASK_CANCELLED)
+            return True
+        if not self._admission.withdraw(position):
+            return False
+        self._record(position, self._unstarted(position, TASK_CANCELLED))
+        if not self._admission.has_queued:
+            self._wake_waiting()
+        return True
+
+    def __aiter__(self) -> "OutcomeIterator[T]":
+        return OutcomeIterator(self)
+
+    # From opening to closing
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator["GroupRun[T]"]:
+        """Run the group for the length of the block, and raise at its end what must be raised."""
+        group = self.group
+        self._events.start(
+            agent_count=len(self._outcomes), max_concurrency=group.max_concurrency, fail_fast=group.fail_fast
+        )
+        try:
+            self._validate()
+            await self._claims.take_all()
+            with self._attached_to_shutdown():
+                async with self._working():
+                    yield self
+        except BaseException as error:
+            self._tell_complete(self._status_after(error))
+            for problem in self._claims.errors:
+                error.add_note(f"A lock could not be given back: {error_text(problem)}")
+            raise
+        self._tell_complete(self._status())
+        self._raise_for_errors()
+
+    @asynccontextmanager
+    async def slot_lent(self) -> AsyncIterator[None]:
+        """Lend the slot of the agent that opens this group, if it is one, for the length of the block."""
+        if self._enclosing is None or self._enclosing.slot is None:
+            yield
+        else:
+            async with self._enclosing.slot.lent():
+                yield
+
+    @contextmanager
+    def _attached_to_shutdown(self) -> Iterator[None]:
+        manager = self._settings.shutdown_manager
+        if manager is None:
+            yield
+            return
+        with manager.attached(self):
+            if manager.is_shutting_down:
+                self.begin_shutdown(0.0)
+            yield
+
+    @asynccontextmanager
+    async def _working(self) -> AsyncIterator[None]:
+        """Keep the workers for the length of the block; at its end there is an outcome for each assignment."""
+        raised: BaseException | None = None
+        self._tell_progress()
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                self._spawn_worker()
+                try:
+                    yield
+                except (self._cancelled_class, GeneratorExit):
+                    raise
+                except BaseException as error:  # raised again below, bare: the task group would wrap it
+                    raised = error
+                    self._stop_all(Stop(f"the block that opened the group raised {type(error).__name__}", "error"))
+        except BaseExceptionGroup as errors:  # of workers: a callback gave an order to end the program
+            raised = order_to_end(errors, self._cancelled_class) or errors
+            self._tell_suppressed(errors, raised)
+        finally:
+            self._settle()
+            await self._claims.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
+            self._result = ParallelExecutionResult(
+                group_id=self.group.group_id,
+                outcomes=cast("list[AgentOutcome[T]]", self._outcomes),
+                total_duration_seconds=anyio.current_time() - self._started,
+            )
+        if (raised := self._order_to_end or raised) is not None:
+            raise raised
+
+    def _validate(self) -> None:
+        """Refuse what the input alone shows wrong, before anything starts."""
+        try:
+            if self._depth > MAX_NESTING:
+                raise ParallelAgentsError(
+                    f"Groups are nested {self._depth} deep, more than {MAX_NESTING}. Give the work to one flat group"
+                )
+            refuse_overlaps(self.group.assignments, self._enclosing_assignments())
+            if isinstance(self._settings.engine, ChecksAssignments):
+                for assignment in self.group.assignments:
+                    self._settings.engine.check(assignment)
+        except Exception as error:
+            self._events.emit(PARALLEL_VALIDATION_ERROR, error=error_text(error))
+            raise
+
+    def _enclosing_assignments(self) -> list[AgentAssignment]:
+        found = []
+        call = self._enclosing
+        while call is not None:
+            found.append(call.assignment)
+            call = call.run._enclosing
+        return found
+
+    def _raise_for_errors(self) -> None:
+        """Raise at the end of a group that nothing else ended."""
+        if self._fatal:
+            cause = self._fatal[0] if len(self._fatal) == 1 else ExceptionGroup("several agents", self._fatal)
+            error = ParallelExecutionError(f"Fatal error in group {self.group.group_id!r}: {error_text(cause)}", self.result)
+            for problem in self._claims.errors:
+                error.add_note(f"A lock could not be given back: {error_text(problem)}")
+            raise error from cause
+        if self._claims.errors:
+            problems = self._claims.errors
+            cause = problems[0] if len(problems) == 1 else ExceptionGroup("several locks", problems)
+            raise ParallelExecutionError(
+                f"Group {self.group.group_id!r} could not give back its locks: {error_text(cause)}", self.result
+            ) from cause
+
+    def _status(self) -> str:
+        if self._stopped is not None:
+            return self._stopped.group_status
+        return "fatal" if self._fatal else "completed"
+
+    def _status_after(self, error: BaseException) -> str:
+        if isinstance(error, ResourceConflictError) and self._result is None:
+            return "conflict"
+        if isinstance(error, self._cancelled_class):
+            return "cancelled"
+        return "error" if isinstance(error, Exception) else "interrupted"
+
+    # Workers
+
+    def _spawn_worker(self) -> None:
+        self._workers += 1
+        self._tasks.start_soon(self._work, name=f"parallel_agents worker of {self.group.group_id!r}")
+
+    async def _work(self) -> None:
+        """Be one worker: run assignments until none is left, or until the task is spoiled."""
+        task = anyio.get_current_task()
+        try:
+            if task.has_pending_cancellation():  # nothing ran in this task yet: it is the group that is cancelled
+                self._stop_all(CALLER_CANCELLED)
+            while self._admission.has_queued and not task.has_pending_cancellation():
+                if not await self._work_in_one_scope(task):
+                    break
+            if task.has_pending_cancellation():
+                await self._take_cancellation(task)
+            if self._admission.has_queued:  # this task is spoiled
+                self._spawn_worker()
+        finally:
+            self._workers -= 1
+            if not self._workers:
+                self._settle()
+
+    async def _take_cancellation(self, task: anyio.TaskInfo) -> None:
+        """Raise the group's cancellation; use up a native one that an agent left behind for this task alone.
+
+        A task that ends with a native cancellation pending ends as cancelled, which would cancel its whole group.
+        """
+        try:
+            await anyio.lowlevel.checkpoint()
+        except self._cancelled_class:
+            if task.has_pending_cancellation():
+                raise
+
+    def _workers_suffice(self) -> bool:
+        """Whether another worker would find nothing to do, or only wait beside one that waits for a slot already."""
+        return self._workers >= self._admission.limit or bool(self._waiting)
+
+    async def _work_in_one_scope(self, task: anyio.TaskInfo) -> bool:
+        """Run assignments until the scope is used up; return whether the task is fit for more."""
+        own_error: RuntimeError | None = None
+        try:
+            with anyio.CancelScope() as scope:
+                try:
+                    return await self._work_while_clean(scope, task)
+                except RuntimeError as error:
+                    own_error = error
+                    raise
+        except RuntimeError as error:
+            if error is own_error:
+                raise
+            return False  # the scope could not be left, because an agent left one open inside it
+        except self._cancelled_class:
+            if task.has_pending_cancellation():
+                raise
+            return False  # natively cancelled, by somebody who found this task: it must harm nobody else
+        finally:
+            own_error = None  # its traceback holds this frame
+        return True
+
+    async def _work_while_clean(self, scope: anyio.CancelScope, task: anyio.TaskInfo) -> bool:
+        """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
+        deadline = anyio.current_effective_deadline()
+        while self._admission.has_queued:
+            slot = None
+            if self._settings.limiter is not None:
+                slot = await self._take_slot(self._settings.limiter, scope)
+            position = self._admission.take()
+            if position is None:
+                if slot is not None:
+                    slot.give_back()
+                return True
+            if not self._admission.has_queued:
+                self._wake_waiting()
+            elif not self._workers_suffice():
+                self._spawn_worker()
+            call = await self._run_one(position, scope, slot, task)
+            if call.spoiled_its_task:
+                return False
+            if (
+                task.has_pending_cancellation()
+                or call.took_long
+                or anyio.current_effective_deadline() != deadline
+            ):
+                break
+        return True
+
+    async def _take_slot(self, limiter: anyio.CapacityLimiter, scope: anyio.CancelScope) -> Slot:
+        slot = Slot(limiter)
+        if not slot.take_nowait():
+            self._waiting.add(scope)
+            try:
+                await slot.take()
+            finally:
+                self._waiting.discard(scope)
+        return slot
+
+    def _wake_waiting(self) -> None:
+        """Send away the workers that wait for a slot although nothing is left to start."""
+        for scope in self._waiting:
+            scope.cancel()
+
+    # One engine call
+
+    async def _run_one(
+        self, position: int, scope: anyio.CancelScope, slot: Slot | None, task: anyio.TaskInfo
+    ) -> EngineCall:
+        """Run one assignment to its outcome."""
+        call = self._start_call(position, scope, slot)
+        context = self._context.copy()
+        context.run(_current.set, call)
+        cancelled: BaseException | None = None
+        try:
+            value = await drive(context, self._settings.engine.run, call.assignment)
+        except BaseException as error:  # noqa: ASYNC103 - raised again below if it is a cancellation asked for
+            now = anyio.current_time()
+            del self._running[position]
+            pending = task.has_pending_cancellation()
+            outcome = self._outcome_of_error(call, error, now, pending)
+            if pending and is_cancellation(error, self._cancelled_class):
+                cancelled = error
+        else:
+            now = anyio.current_time()
+            del self._running[position]
+            outcome = self._outcome_of_value(call, value, now)
+        try:
+            if scope.deadline != math.inf and not scope.cancel_called:
+                scope.deadline = math.inf
+            call.took_long = now - call.started >= SCOPE_IS_CHECKED_AFTER
+            if slot is not None:
+                slot.give_back()
+            still_held = self._claims.give_back(position)
+            if still_held is not None:
+                await self._claims.finish(still_held)
+            self._end_call(call, outcome)
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            cancelled = None  # its traceback holds this frame
+        return call
+
+    def _start_call(self, position: int, scope: anyio.CancelScope, slot: Slot | None) -> EngineCall:
+        assignment = self.group.assignments[position]
+        call = EngineCall(
+            group_id=self.group.group_id,
+            assignment=assignment,
+            shutdown_requested=self._is_shutting_down,
+            run=self,
+            position=position,
+            scope=scope,
+            slot=slot,
+            started=anyio.current_time(),
+        )
+        self._running[position] = call
+        self._tell_progress()
+        if self._events.are_heard:
+            self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
+        if assignment.timeout_seconds is not None:
+            scope.deadline = call.started + assignment.timeout_seconds
+        return call
+
+    def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:
+        assignment = call.assignment
+        if type(value) is not AgentRunResult:
+            error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
+            return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, None, call.usage)
+        usage = value.usage if call.usage is NO_USAGE else _larger(value.usage, call.usage)
+        if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
+            error = (
+                f"The engine returned the result of task {value.task_id!r} and agent {value.agent_id!r} "
+                f"for task {assignment.task_id!r} and agent {assignment.agent_id!r}"
+            )
+            return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, None, usage)
+        return AgentOutcome(
+            task_id=value.task_id,
+            agent_id=value.agent_id,
+            result=value,
+            usage=usage,
+            started_after_seconds=call.started - self._started,
+            duration_seconds=now - call.started,
+        )
+
+    def _outcome_of_error(self, call: EngineCall, error: BaseException, now: float, pending: bool) -> AgentOutcome[T]:
+        """Decide what an exception means, and note what concerns more than this agent."""
+        assignment = call.assignment
+        status, text = OutcomeStatus.FAILED, error_text(error)
+        timeout = assignment.timeout_seconds
+        late = timeout is not None and now >= call.started + timeout
+        if (order := order_to_end(error, self._cancelled_class)) is not None:
+            self._order_to_end = self._order_to_end or order
+            self._stop_all(Stop(f"agent {assignment.agent_id!r} raised {type(order).__name__}", "interrupted"))
+        elif (fatal := fatal_in(error)) is not None:
+            self._fatal.append(fatal)
+            text = f"Fatal: {error_text(fatal)}"
+        elif call.stop is None and late:
+            status, text = OutcomeStatus.TIMED_OUT, _timeout_text(assignment, error, self._cancelled_class)
+        elif is_cancellation(error, self._cancelled_class):
+            status, text = OutcomeStatus.CANCELLED, self._cancellation_text(call, now, pending)
+        return self._unsuccessful(call, now, status, text, error, call.usage)
+
+    def _cancellation_text(self, call: EngineCall, now: float, pending: bool) -> str:
+        if call.stop is not None:
+            return call.stop.text
+        if not pending:
+            call.spoiled_its_task = True
+            return "Cancelled by itself: the agent raised the backend's cancelled exception"
+        if now >= self._grace_ends:
+            return SHUTDOWN.text
+        if not call.scope.cancel_called:
+            self._stop_all(CALLER_CANCELLED)
+        return CALLER_CANCELLED.text
+
+    def _unsuccessful(
+        self,
+        call: EngineCall,
+        now: float,
+        status: OutcomeStatus,
+        error: str,
+        exception: BaseException | None,
+        usage: Usage,
+    ) -> AgentOutcome[T]:
+        return AgentOutcome(
+            task_id=call.assignment.task_id,
+            agent_id=call.assignment.agent_id,
+            error=error,
+            status=status,
+            usage=usage,
+            started_after_seconds=call.started - self._started,
+            duration_seconds=now - call.started,
+            exception=exception,
+        )
+
+    def _end_call(self, call: EngineCall, outcome: AgentOutcome[T]) -> None:
+        """Record the outcome of an engine call, and let it have its consequences."""
+        self._admission.finish()
+        if self.group.fail_fast and outcome.status in (OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT):
+            self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
+        if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
+            agent = f"{self.group.group_id}:{outcome.task_id}"
+            manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
+        self._tell_ended(outcome)
+        self._record(call.position, outcome)
+
+    def _record(self, position: int, outcome: AgentOutcome[T]) -> None:
+        self._outcomes[position] = outcome
+        self._order.append(position)
+        if outcome.is_success:
+            self._succeeded += 1
+        elif outcome.is_failure:
+            self._failed += 1
+        else:
+            self._parked += 1
+        self._tell_news()
+
+    # Stopping
+
+    def _stop_all(self, stop: Stop) -> None:
+        """Start nothing more and cancel what runs; the first reason stands."""
+        self._start_nothing_more(stop)
+        for call in self._running.values():
+            self._stop_call(call, stop)
+
+    def _stop_call(self, call: EngineCall, stop: Stop) -> None:
+        if call.stop is None:
+            call.stop = stop
+            call.scope.cancel()
+
+    def _start_nothing_more(self, stop: Stop) -> None:
+        if self._stopped is None:
+            self._stopped = stop
+        self._admission.close()
+        self._wake_waiting()
+
+    def begin_shutdown(self, grace_seconds: float) -> None:
+        """Start nothing more; cancel what still runs when the grace period is over. Never waits."""
+        self._start_nothing_more(SHUTDOWN)
+        self._ran_at_shutdown = self._ran_at_shutdown or frozenset(self._running)
+        self._grace_ends = min(self._grace_ends, anyio.current_time() + grace_seconds)
+        for call in self._running.values():
+            if not grace_seconds:
+                self._stop_call(call, SHUTDOWN)
+            elif not call.scope.cancel_called:
+                call.scope.deadline = min(call.scope.deadline, self._grace_ends)
+
+    def _is_shutting_down(self) -> bool:
+        manager = self._settings.shutdown_manager
+        return manager is not None and manager.is_shutting_down
+
+    def _settle(self) -> None:
+        """Give an outcome to everything that never started."""
+        if len(self._order) == len(self._outcomes):
+            return
+        self._admission.close()
+        stop = self._stopped or CALLER_CANCELLED
+        for position, outcome in enumerate(self._outcomes):
+            if outcome is None:
+                self._outcomes[position] = self._unstarted(position, stop)
+                self._order.append(position)
+                self._failed += 1
+        self._tell_news()
+
+    def _unstarted(self, position: int, stop: Stop) -> AgentOutcome[T]:
+        assignment = self.group.assignments[position]
+        return AgentOutcome(
+            task_id=assignment.task_id,
+            agent_id=assignment.agent_id,
+            error=stop.text_if_queued,
+            status=stop.status,
+            attempts=0,
+        )
+
+    def _position_of(self, task_id: str) -> int:
+        if self._positions is None:
+            self._positions = {a.task_id: position for position, a in enumerate(self.group.assignments)}
+        try:
+            return self._positions[task_id]
+        except KeyError:
+            raise KeyError(f"group {self.group.group_id!r} has no task {task_id!r}") from None
+
+    # Telling
+
+    def _tell_news(self) -> None:
+        """Wake those who iterate over the outcomes, and tell the progress."""
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        callback = self._settings.progress_callback
+        if callback is None and not self._events.are_heard:
+            return
+        progress = self.progress
+        if callback is not None:
+            call_quietly(callback, progress)
+        if self._events.are_heard:
+            self._events.emit(
+                PARALLEL_PROGRESS_UPDATE,
+                total=progress.total,
+                completed=progress.completed,
+                in_progress=progress.in_progress,
+                succeeded=progress.succeeded,
+                failed=progress.failed,
+                parked=progress.parked,
+                pending=progress.pending,
+            )
+
+    def _tell_ended(self, outcome: AgentOutcome[T]) -> None:
+        task_id, agent_id = outcome.task_id, outcome.agent_id
+        if outcome.result is not None:
+            if self._events.are_heard:
+                self._events.emit(
+                    PARALLEL_AGENT_COMPLETE, task_id=task_id, agent_id=agent_id, success=outcome.is_success
+                )
+        elif outcome.status is OutcomeStatus.CANCELLED:
+            self._events.emit(PARALLEL_AGENT_CANCELLED, task_id=task_id, agent_id=agent_id)
+        else:
+            is_fatal = outcome.exception is not None and fatal_in(outcome.exception) is not None
+            self._events.emit(
+                PARALLEL_AGENT_ERROR,
+                task_id=task_id,
+                agent_id=agent_id,
+                level="ERROR" if is_fatal else None,
+                error=outcome.error,
+            )
+
+    def _tell_suppressed(self, errors: BaseExceptionGroup[BaseException], raised: BaseException) -> None:
+        count = sum(1 for _ in leaves(errors))
+        if count > 1 and raised is not errors:
+            self._events.emit(PARALLEL_GROUP_SUPPRESSED, error=error_text(raised), exception_count=count)
+
+    def _tell_complete(self, status: str) -> None:
+        self._events.emit(
+            PARALLEL_GROUP_COMPLETE,
+            succeeded=self._succeeded,
+            failed=self._failed,
+            duration_seconds=anyio.current_time() - self._started,
+            status=status,
+        )
+
+
+class OutcomeIterator(Generic[T]):
+    """Outcomes of a run in order of completion."""
+
+    def __init__(self, run: GroupRun[T]) -> None:
+        self._run = run
+        self._seen = 0
+
+    def __aiter__(self) -> "OutcomeIterator[T]":
+        return self
+
+    async def __anext__(self) -> AgentOutcome[T]:
+        """Wait for the next outcome. A checkpoint."""
+        await anyio.lowlevel.checkpoint()
+        run = self._run
+        while self._seen == len(run._order):
+            if self._seen == len(run._outcomes):
+                raise StopAsyncIteration
+            if run._news is None:
+                run._news = anyio.Event()
+            await run._news.wait()
+        outcome = run._outcomes[run._order[self._seen]]
+        assert outcome is not None
+        self._seen += 1
+        return outcome
+
+
+def _enclosing_call() -> EngineCall | None:
+    """Return the engine call that opens a group, if it is one that does."""
+    current = _current.get(None)
+    return current if isinstance(current, EngineCall) else None
+
+
+def _larger(reported: Usage, metered: Usage) -> Usage:
+    """Return the larger of two accounts of the same spending, field by field: neither may be complete."""
+    return Usage(
+        input_tokens=max(reported.input_tokens, metered.input_tokens),
+        output_tokens=max(reported.output_tokens, metered.output_tokens),
+        requests=max(reported.requests, metered.requests),
+        cost=max(reported.cost, metered.cost),
+    )
+
+
+def _timeout_text(assignment: AgentAssignment, error: BaseException, cancelled: type[BaseException]) -> str:
+    text = f"Timed out after {assignment.timeout_seconds:g} s"
+    return text if is_cancellation(error, cancelled) else f"{text}, then raised {error_text(error)}"
