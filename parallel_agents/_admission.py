@@ -12,10 +12,12 @@ class Admission:
         max_concurrency: The most that may run at the same time; ``None`` is no limit.
     """
 
-    __slots__ = ("_next", "_running", "_total", "_withdrawn", "limit")
+    __slots__ = ("_next", "_running", "_total", "_withdrawn", "has_queued", "limit")
 
     def __init__(self, total: int, max_concurrency: int | None) -> None:
         self.limit = total if max_concurrency is None else min(total, max_concurrency)
+        self.has_queued = total > 0
+        """Whether any assignment may still start, now or later."""
         self._total = total
         self._next = 0
         self._running = 0
@@ -24,23 +26,16 @@ class Admission:
     def __repr__(self) -> str:
         return f"Admission(next={self._next}, total={self._total}, running={self._running}, limit={self.limit})"
 
-    @property
-    def has_queued(self) -> bool:
-        """Whether any assignment may still start, now or later."""
-        return self._next < self._total
-
     def take(self) -> int | None:
         """Return the position that starts now, or ``None`` if none may.
 
         A position that was taken counts as running until ``finish()``.
         """
         position = self._next
-        if position >= self._total or self._running >= self.limit:
+        if not self.has_queued or self._running >= self.limit:
             return None
         self._running += 1
-        self._next = position + 1
-        if self._withdrawn:
-            self._skip_withdrawn()
+        self._move_on(position + 1)
         return position
 
     def finish(self) -> None:
@@ -52,14 +47,17 @@ class Admission:
         if not self._next <= position < self._total or position in self._withdrawn:
             return False
         self._withdrawn.add(position)
-        self._skip_withdrawn()
+        self._move_on(self._next)
         return True
 
     def close(self) -> None:
         """Let nothing start any more."""
         self._total = self._next
+        self.has_queued = False
 
-    def _skip_withdrawn(self) -> None:
-        while self._next in self._withdrawn:
-            self._withdrawn.remove(self._next)
-            self._next += 1
+    def _move_on(self, position: int) -> None:
+        while position in self._withdrawn:
+            self._withdrawn.remove(position)
+            position += 1
+        self._next = position
+        self.has_queued = position < self._total

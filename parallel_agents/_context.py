@@ -11,7 +11,7 @@ from attrs import define, field
 from ._models import NO_USAGE, AgentAssignment, Usage
 
 
-@define(eq=False, kw_only=True)
+@define(eq=False)
 class RunContext:
     """The agent's view of its run.
 
@@ -24,9 +24,9 @@ class RunContext:
 
     group_id: str
     assignment: AgentAssignment
-    attempt: int = 1
-    usage: Usage = NO_USAGE
     _shutdown_requested: Callable[[], bool] = field(alias="shutdown_requested", repr=False)
+    attempt: int = field(default=1, kw_only=True)
+    usage: Usage = field(default=NO_USAGE, kw_only=True)
 
     @property
     def shutdown_requested(self) -> bool:

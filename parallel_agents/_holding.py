@@ -50,7 +50,7 @@ class HeldClaims:
         self._claimed = {p: a for p, a in enumerate(assignments) if a.resource_claims}
         execution = secrets.token_hex(8)
         self._holders = {p: f"{group_id}:{a.task_id}#{execution}" for p, a in self._claimed.items()}
-        self._leases: dict[int, Lease | _PlainLease] = {}
+        self.leases: dict[int, Lease | _PlainLease] = {}
         self.errors: list[Exception] = []
 
     async def take_all(self) -> None:
@@ -71,9 +71,9 @@ class HeldClaims:
         try:
             if self._claim_lock is not None:
                 claims = assignment.resource_claims
-                self._leases[position] = await self._claim_lock.acquire_claims(claims, holder, timeout_seconds=0)
+                self.leases[position] = await self._claim_lock.acquire_claims(claims, holder, timeout_seconds=0)
             else:
-                self._leases[position] = lease = _PlainLease(self._lock, assignment.resource_claims, holder)
+                self.leases[position] = lease = _PlainLease(self._lock, assignment.resource_claims, holder)
                 await lease.take()
         except ResourceConflictError as error:
             other = next((p for p, h in self._holders.items() if h == error.holder), None)
@@ -82,7 +82,7 @@ class HeldClaims:
 
     def give_back(self, position: int) -> Awaitable[None] | None:
         """Give back what one assignment holds; return what is left to wait for, with ``finish()``, if anything."""
-        lease = self._leases.pop(position, None)
+        lease = self.leases.pop(position, None)
         if lease is None:
             return None
         try:
@@ -101,7 +101,7 @@ class HeldClaims:
 
     async def give_back_all(self) -> None:
         """Give back whatever is still held. Shielded from cancellation, bounded like ``finish()``."""
-        for position in tuple(self._leases):
+        for position in tuple(self.leases):
             pending = self.give_back(position)
             if pending is not None:
                 await self.finish(pending)

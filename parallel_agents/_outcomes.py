@@ -3,6 +3,7 @@
 Knows the models that went in; knows nothing of how agents are run.
 """
 
+import math
 from enum import StrEnum, auto
 from functools import reduce
 from operator import add
@@ -11,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from attrs import Factory, field, fields, frozen
 from attrs.validators import optional
 
-from ._checks import as_tuple, each_is_a, integer, is_a, not_blank, number
+from ._checks import RULE, as_tuple, check_rules, each_is_a, integer, is_a, not_blank, number
 from ._errors import AgentFailedError
 from ._models import NO_USAGE, ChatMessage, Usage
 
@@ -72,17 +73,36 @@ class AgentRunResult(Generic[T]):
         messages: The conversation.
     """
 
-    task_id: str = field(validator=not_blank)
-    agent_id: str = field(validator=not_blank)
-    termination_reason: TerminationReason = field(validator=is_a(TerminationReason))
+    task_id: str = field(metadata={RULE: not_blank})
+    agent_id: str = field(metadata={RULE: not_blank})
+    termination_reason: TerminationReason = field(metadata={RULE: is_a(TerminationReason)})
     output: T | None = None
-    error_message: str | None = field(default=None, validator=optional(not_blank))
-    usage: Usage = field(default=NO_USAGE, validator=is_a(Usage))
-    turns: int = field(default=0, validator=integer(at_least=0))
-    duration_seconds: float = field(default=0.0, validator=number(at_least=0))
-    messages: tuple[ChatMessage, ...] = field(default=(), converter=as_tuple, validator=each_is_a(ChatMessage))
+    error_message: str | None = field(default=None, metadata={RULE: optional(not_blank)})
+    usage: Usage = field(default=NO_USAGE, metadata={RULE: is_a(Usage)})
+    turns: int = field(default=0, metadata={RULE: integer(at_least=0)})
+    duration_seconds: float = field(default=0.0, metadata={RULE: number(at_least=0)})
+    messages: tuple[ChatMessage, ...] = field(
+        default=(), converter=as_tuple, metadata={RULE: each_is_a(ChatMessage)}
+    )
 
     def __attrs_post_init__(self) -> None:
+        is_plain = (
+            type(self.task_id) is str
+            and type(self.agent_id) is str
+            and self.task_id.strip()
+            and self.agent_id.strip()
+            and self.termination_reason is TerminationReason.COMPLETED
+            and self.error_message is None
+            and type(self.usage) is Usage
+            and type(self.turns) is int
+            and self.turns >= 0
+            and type(self.duration_seconds) is float
+            and 0.0 <= self.duration_seconds < math.inf
+            and not self.messages
+        )
+        if is_plain:
+            return
+        check_rules(self)
         failed = self.termination_reason is TerminationReason.ERROR
         if failed and self.error_message is None:
             raise ValueError("error_message is required when termination_reason is ERROR")
@@ -142,20 +162,41 @@ class AgentOutcome(Generic[T]):
         exception: The live exception behind ``error``; neither compared, pickled nor serialised.
     """
 
-    task_id: str = field(validator=not_blank)
-    agent_id: str = field(validator=not_blank)
-    result: AgentRunResult[T] | None = field(default=None, validator=optional(is_a(AgentRunResult)))
-    error: str | None = field(default=None, validator=optional(not_blank))
+    task_id: str = field(metadata={RULE: not_blank})
+    agent_id: str = field(metadata={RULE: not_blank})
+    result: AgentRunResult[T] | None = field(default=None, metadata={RULE: optional(is_a(AgentRunResult))})
+    error: str | None = field(default=None, metadata={RULE: optional(not_blank)})
     status: OutcomeStatus = field(
-        default=Factory(_status_of_its_result, takes_self=True), validator=is_a(OutcomeStatus)
+        default=Factory(_status_of_its_result, takes_self=True), metadata={RULE: is_a(OutcomeStatus)}
     )
-    usage: Usage = field(default=Factory(_usage_of_its_result, takes_self=True), validator=is_a(Usage))
-    attempts: int = field(default=1, validator=integer(at_least=0))
-    started_after_seconds: float | None = field(default=None, validator=optional(number(at_least=0)))
-    duration_seconds: float = field(default=0.0, validator=number(at_least=0))
-    exception: BaseException | None = field(default=None, eq=False, repr=False, validator=optional(is_a(BaseException)))
+    usage: Usage = field(default=Factory(_usage_of_its_result, takes_self=True), metadata={RULE: is_a(Usage)})
+    attempts: int = field(default=1, metadata={RULE: integer(at_least=0)})
+    started_after_seconds: float | None = field(default=None, metadata={RULE: optional(number(at_least=0))})
+    duration_seconds: float = field(default=0.0, metadata={RULE: number(at_least=0)})
+    exception: BaseException | None = field(
+        default=None, eq=False, repr=False, metadata={RULE: optional(is_a(BaseException))}
+    )
 
     def __attrs_post_init__(self) -> None:
+        is_plain = (
+            type(self.result) is AgentRunResult
+            and self.task_id == self.result.task_id
+            and self.agent_id == self.result.agent_id
+            and self.status is OutcomeStatus.SUCCEEDED
+            and self.result.termination_reason is TerminationReason.COMPLETED
+            and self.error is None
+            and type(self.usage) is Usage
+            and self.attempts == 1
+            and type(self.attempts) is int
+            and type(self.started_after_seconds) is float
+            and 0.0 <= self.started_after_seconds < math.inf
+            and type(self.duration_seconds) is float
+            and 0.0 <= self.duration_seconds < math.inf
+            and self.exception is None
+        )
+        if is_plain:
+            return
+        check_rules(self)
         result = self.result
         if (result is None) == (self.error is None):
             raise ValueError(f"Exactly one of result or error must be given for task {self.task_id!r}")

@@ -60,7 +60,7 @@ T = TypeVar("T")
 MAX_NESTING = 32
 """How deep groups may be nested; some hundred nested task groups cannot be cancelled on asyncio any more."""
 
-SCOPE_IS_CHECKED_AFTER = 0.001
+SCOPE_IS_CHECKED_AFTER = 0.05
 """Seconds of an engine call from which on its worker's scope is renewed, which shows whether a scope was left open.
 
 Renewing costs about five microseconds, so that shorter calls are checked only for what shows without it: a deadline
@@ -68,7 +68,7 @@ that was left behind, and a cancellation.
 """
 
 
-@define(eq=False, kw_only=True)
+@define(eq=False)
 class EngineCall(RunContext):
     """One engine call in flight: what ``current_run()`` shows of it, and what the run needs to stop it."""
 
@@ -78,7 +78,6 @@ class EngineCall(RunContext):
     slot: Slot | None
     started: float
     stop: Stop | None = None
-    took_long: bool = False
     spoiled_its_task: bool = False
 
 
@@ -116,6 +115,7 @@ class GroupRun(Generic[T]):
         self._claims = HeldClaims(settings.resource_lock, group.group_id, group.assignments, self._events)
         self._enclosing = _enclosing_call()
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
+        self._is_watched = False
         self._context: Context = copy_context()
         self._cancelled_class = anyio.get_cancelled_exc_class()
 
@@ -233,7 +233,9 @@ class GroupRun(Generic[T]):
     async def _working(self) -> AsyncIterator[None]:
         """Keep the workers for the length of the block; at its end there is an outcome for each assignment."""
         raised: BaseException | None = None
-        self._tell_progress()
+        self._is_watched = self._events.are_heard or self._settings.progress_callback is not None
+        if self._is_watched:
+            self._tell_progress()
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._spawn_worker()
@@ -372,10 +374,13 @@ class GroupRun(Generic[T]):
     async def _work_while_clean(self, scope: anyio.CancelScope, task: anyio.TaskInfo) -> bool:
         """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
         deadline = anyio.current_effective_deadline()
+        limiter = self._settings.limiter
+        now = anyio.current_time()
         while self._admission.has_queued:
             slot = None
-            if self._settings.limiter is not None:
-                slot = await self._take_slot(self._settings.limiter, scope)
+            if limiter is not None and not (slot := Slot(limiter)).take_nowait():
+                await self._wait_for(slot, scope)
+                now = anyio.current_time()
             position = self._admission.take()
             if position is None:
                 if slot is not None:
@@ -385,26 +390,24 @@ class GroupRun(Generic[T]):
                 self._wake_waiting()
             elif not self._workers_suffice():
                 self._spawn_worker()
-            call = await self._run_one(position, scope, slot, task)
+            call = self._start_call(position, scope, slot, now)
+            now = await self._run_call(call, task)
             if call.spoiled_its_task:
                 return False
             if (
-                task.has_pending_cancellation()
-                or call.took_long
+                now - call.started >= SCOPE_IS_CHECKED_AFTER
+                or task.has_pending_cancellation()
                 or anyio.current_effective_deadline() != deadline
             ):
                 break
         return True
 
-    async def _take_slot(self, limiter: anyio.CapacityLimiter, scope: anyio.CancelScope) -> Slot:
-        slot = Slot(limiter)
-        if not slot.take_nowait():
-            self._waiting.add(scope)
-            try:
-                await slot.take()
-            finally:
-                self._waiting.discard(scope)
-        return slot
+    async def _wait_for(self, slot: Slot, scope: anyio.CancelScope) -> None:
+        self._waiting.add(scope)
+        try:
+            await slot.take()
+        finally:
+            self._waiting.discard(scope)
 
     def _wake_waiting(self) -> None:
         """Send away the workers that wait for a slot although nothing is left to start."""
@@ -413,11 +416,19 @@ class GroupRun(Generic[T]):
 
     # One engine call
 
-    async def _run_one(
-        self, position: int, scope: anyio.CancelScope, slot: Slot | None, task: anyio.TaskInfo
-    ) -> EngineCall:
-        """Run one assignment to its outcome."""
-        call = self._start_call(position, scope, slot)
+    def _start_call(self, position: int, scope: anyio.CancelScope, slot: Slot | None, now: float) -> EngineCall:
+        assignment = self.group.assignments[position]
+        call = EngineCall(self.group.group_id, assignment, self._is_shutting_down, self, position, scope, slot, now)
+        self._running[position] = call
+        if self._is_watched:
+            self._tell_progress()
+            self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
+        if assignment.timeout_seconds is not None:
+            scope.deadline = now + assignment.timeout_seconds
+        return call
+
+    async def _run_call(self, call: EngineCall, task: anyio.TaskInfo) -> float:
+        """Run one engine call to its outcome; return the time at its end."""
         context = self._context.copy()
         context.run(_current.set, call)
         cancelled: BaseException | None = None
@@ -425,50 +436,28 @@ class GroupRun(Generic[T]):
             value = await drive(context, self._settings.engine.run, call.assignment)
         except BaseException as error:  # noqa: ASYNC103 - raised again below if it is a cancellation asked for
             now = anyio.current_time()
-            del self._running[position]
+            del self._running[call.position]
             pending = task.has_pending_cancellation()
             outcome = self._outcome_of_error(call, error, now, pending)
             if pending and is_cancellation(error, self._cancelled_class):
                 cancelled = error
         else:
             now = anyio.current_time()
-            del self._running[position]
+            del self._running[call.position]
             outcome = self._outcome_of_value(call, value, now)
         try:
-            if scope.deadline != math.inf and not scope.cancel_called:
-                scope.deadline = math.inf
-            call.took_long = now - call.started >= SCOPE_IS_CHECKED_AFTER
-            if slot is not None:
-                slot.give_back()
-            still_held = self._claims.give_back(position)
-            if still_held is not None:
+            if call.scope.deadline != math.inf and not call.scope.cancel_called:
+                call.scope.deadline = math.inf
+            if call.slot is not None:
+                call.slot.give_back()
+            if self._claims.leases and (still_held := self._claims.give_back(call.position)) is not None:
                 await self._claims.finish(still_held)
             self._end_call(call, outcome)
             if cancelled is not None:
                 raise cancelled
         finally:
             cancelled = None  # its traceback holds this frame
-        return call
-
-    def _start_call(self, position: int, scope: anyio.CancelScope, slot: Slot | None) -> EngineCall:
-        assignment = self.group.assignments[position]
-        call = EngineCall(
-            group_id=self.group.group_id,
-            assignment=assignment,
-            shutdown_requested=self._is_shutting_down,
-            run=self,
-            position=position,
-            scope=scope,
-            slot=slot,
-            started=anyio.current_time(),
-        )
-        self._running[position] = call
-        self._tell_progress()
-        if self._events.are_heard:
-            self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
-        if assignment.timeout_seconds is not None:
-            scope.deadline = call.started + assignment.timeout_seconds
-        return call
+        return now
 
     def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:
         assignment = call.assignment
@@ -549,18 +538,19 @@ class GroupRun(Generic[T]):
         if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
             agent = f"{self.group.group_id}:{outcome.task_id}"
             manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
-        self._tell_ended(outcome)
+        if self._is_watched or outcome.result is None:
+            self._tell_ended(outcome)
         self._record(call.position, outcome)
 
     def _record(self, position: int, outcome: AgentOutcome[T]) -> None:
         self._outcomes[position] = outcome
         self._order.append(position)
-        if outcome.is_success:
+        if outcome.status is OutcomeStatus.SUCCEEDED:
             self._succeeded += 1
-        elif outcome.is_failure:
-            self._failed += 1
-        else:
+        elif outcome.status is OutcomeStatus.PARKED:
             self._parked += 1
+        else:
+            self._failed += 1
         self._tell_news()
 
     # Stopping
@@ -635,15 +625,13 @@ class GroupRun(Generic[T]):
         if self._news is not None:
             self._news.set()
             self._news = None
-        self._tell_progress()
+        if self._is_watched:
+            self._tell_progress()
 
     def _tell_progress(self) -> None:
-        callback = self._settings.progress_callback
-        if callback is None and not self._events.are_heard:
-            return
         progress = self.progress
-        if callback is not None:
-            call_quietly(callback, progress)
+        if self._settings.progress_callback is not None:
+            call_quietly(self._settings.progress_callback, progress)
         if self._events.are_heard:
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,
@@ -659,10 +647,7 @@ class GroupRun(Generic[T]):
     def _tell_ended(self, outcome: AgentOutcome[T]) -> None:
         task_id, agent_id = outcome.task_id, outcome.agent_id
         if outcome.result is not None:
-            if self._events.are_heard:
-                self._events.emit(
-                    PARALLEL_AGENT_COMPLETE, task_id=task_id, agent_id=agent_id, success=outcome.is_success
-                )
+            self._events.emit(PARALLEL_AGENT_COMPLETE, task_id=task_id, agent_id=agent_id, success=outcome.is_success)
         elif outcome.status is OutcomeStatus.CANCELLED:
             self._events.emit(PARALLEL_AGENT_CANCELLED, task_id=task_id, agent_id=agent_id)
         else:

@@ -26,7 +26,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
@@ -43,7 +43,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 from cattrs.preconf.json import JsonConverter
 from cattrs.preconf.json import make_converter as make_cattrs_converter
 
-from ._checks import JSON_DEPTH, integer, is_flag, not_blank, shown, wrong_type
+from ._checks import JSON_DEPTH, RULE, integer, is_flag, not_blank, shown, wrong_type
 from ._errors import ParallelAgentsError
 from ._outcomes import ParallelExecutionResult
 
@@ -300,7 +300,7 @@ def plain_json(value: object, depth: int = JSON_DEPTH) -> Any:
         return float(value)
     if depth and isinstance(value, list | tuple):
         return [plain_json(item, depth - 1) for item in value]
-    if depth and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+    if depth and isinstance(value, dict | MappingProxyType) and all(isinstance(key, str) for key in value):
         return {str.__str__(key): plain_json(item, depth - 1) for key, item in value.items()}
     return {"$repr": _readable(value), "$type": type(value).__qualname__}
 
@@ -443,8 +443,9 @@ def _field_reader(attribute: "attrs.Attribute[Any]", hint: Any, converter: BaseC
     def checked(value: object, _type: object) -> Any:
         item = read(value, hint)
         kept = item if convert is None else convert(item)
-        if attribute.validator is not None:
-            attribute.validator(None, attribute, kept)
+        rule: Any = attribute.validator or attribute.metadata.get(RULE)
+        if rule is not None:
+            rule(None, attribute, kept)
         return item
 
     return checked
