@@ -1,0 +1,378 @@
+"""The commands: parse, call one public function, print, return an exit code.
+
+Knows the whole library. What is printed is made in ``_display``.
+"""
+
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias
+
+import anyio
+import attrs
+from attrs import frozen
+from cyclopts import App, CycloptsError, Parameter
+from loguru import logger
+from rich.text import Text
+
+from . import ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
+from ._display import (
+    Display,
+    choose_display,
+    harmless,
+    id_text,
+    make_console,
+    make_table,
+    opening_text,
+    print_summary,
+)
+from ._errors import InvalidPlanError, ParallelAgentsError, ParallelExecutionError
+from ._holding import refuse_overlaps
+from ._report_file import STDOUT, ReportFile
+from .plan import Plan, load_plan
+from .serialization import EnvironmentFacts, InvalidDataError
+
+if TYPE_CHECKING:
+    from loguru import Message
+
+SUCCEEDED, FAILED, WRONG = 0, 1, 2
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_ONE_WORD = re.compile(r"[\w./:#-]+")
+
+_EXIT_CODES = """
+Exit codes:
+
+- 0: all agents succeeded
+- 1: some did not, or the report could not be written
+- 2: the plan or the call is wrong; nothing was run
+- 130: interrupted with Ctrl-C (143: with SIGTERM); the report is complete all the same
+
+The first Ctrl-C starts nothing more and lets running agents finish; a second one cancels them.
+"""
+
+app = App(
+    name="parallel-agents",
+    help="Run groups of agents in parallel, and get one outcome for each of them.",
+    help_epilogue=_EXIT_CODES,
+    help_format="markdown",
+    version=lambda: version("parallel-agents"),
+    result_action="return_value",
+    print_error=False,
+    exit_on_error=False,
+    suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command()
+
+Settings: TypeAlias = Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)]
+Tasks: TypeAlias = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
+Flag: TypeAlias = Annotated[bool, Parameter(negative="", show_default=False)]
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one command and return the exit code of the process."""
+    if not argv:
+        app.help_print([])
+        return WRONG
+    try:
+        code = app(argv)
+    except CycloptsError as error:
+        _complain(f"{error} See parallel-agents --help")
+        return WRONG
+    except (InvalidPlanError, InvalidDataError, _CallError) as error:
+        _complain(str(error))
+        return WRONG
+    return code if isinstance(code, int) else SUCCEEDED
+
+
+class _CallError(Exception):
+    """A call that cannot be carried out; says why."""
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):
+        for line in text.splitlines():
+            sys.stderr.write(f"parallel-agents: {harmless(line)}\n")
+
+
+@app.command
+def run(
+    plan: Path,
+    /,
+    *,
+    backend: Literal["asyncio", "trio"] = "asyncio",
+    max_concurrency: int | None = None,
+    fail_fast: bool | None = None,
+    settings: Settings = (),
+    report: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    only: Tasks = (),
+    quiet: Flag = False,
+    json_events: Flag = False,
+    log_level: Literal["debug", "info", "warning", "error"] | None = None,
+) -> int:
+    """Run the agents of a plan.
+
+    Progress goes to standard error, the table of outcomes to standard output.
+
+    Parameters
+    ----------
+    plan
+        A plan file: TOML, JSON or YAML.
+    backend
+        The event loop.
+    max_concurrency
+        The most agents at the same time; stands above the plan.
+    fail_fast
+        Whether the first failure stops the rest; stands above the plan.
+    settings
+        Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
+    report
+        Write the report to this file, as JSON; `-` is standard output, and then nothing else goes there.
+    only
+        Run this task only; may be repeated.
+    quiet
+        Show neither progress nor the table.
+    json_events
+        Write each event to standard error, as one line of JSON, instead of the progress.
+    log_level
+        Write the library's log to standard error, from this level on.
+    """
+    chosen = _load(plan, settings, only, max_concurrency, fail_fast)
+    if find_spec(backend) is None:
+        raise _CallError(f"{backend} is not installed: pip install 'parallel-agents[{backend}]'")
+    report_file = _report_file(report)
+    if log_level is not None:
+        _log_to_stderr(log_level)
+    display = choose_display(quiet=quiet, json_events=json_events)
+    is_on_stdout = report_file is not None and report_file.is_stdout
+    # What agents print in this process must not mix with the report.
+    with contextlib.redirect_stdout(sys.stderr) if is_on_stdout else contextlib.nullcontext():
+        ending = _run(chosen, display, backend)
+    if ending.problem is not None:
+        _complain(ending.problem)
+    if ending.result is None:
+        return ending.code
+    code = ending.code
+    if report_file is not None:
+        code = max(code, _write_report(report_file, chosen, ending.result, backend))
+    if not quiet and not (is_on_stdout and json_events):
+        _print_summary(ending.result, sys.stderr if is_on_stdout else sys.stdout)
+    return code
+
+
+@app.command
+def check(
+    plan: Path,
+    /,
+    *,
+    max_concurrency: int | None = None,
+    settings: Settings = (),
+    only: Tasks = (),
+) -> int:
+    """Tell all that is wrong with a plan, or what it would run. Nothing is run.
+
+    Parameters
+    ----------
+    plan
+        A plan file: TOML, JSON or YAML.
+    max_concurrency
+        The most agents at the same time; stands above the plan.
+    settings
+        Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
+    only
+        Check this task only; may be repeated.
+    """
+    group = _load(plan, settings, only, max_concurrency, None).group
+    console = make_console(sys.stdout)
+    table = make_table("agent", "task", "timeout", "claims")
+    for assignment in group.assignments:
+        timeout = "-" if assignment.timeout_seconds is None else f"{assignment.timeout_seconds:g} s"
+        claims = ", ".join(f"{claim.resource} ({claim.mode})" for claim in assignment.resource_claims)
+        table.add_row(
+            id_text(assignment.agent_id), id_text(assignment.task_id), Text(timeout), Text(harmless(claims or "-", 200))
+        )
+    with contextlib.suppress(BrokenPipeError):
+        console.print(table)
+        console.print()
+        opening = opening_text(group.group_id, len(group.assignments), group.max_concurrency)
+        console.print(Text(f"{opening}. The plan can be run; nothing was run"), soft_wrap=True)
+    return SUCCEEDED
+
+
+@app.command
+def show(report: Path, /) -> int:
+    """Show the report of an earlier run as a table, with the exit code of its outcomes.
+
+    Parameters
+    ----------
+    report
+        A file that `run --report` wrote.
+    """
+    result = serialization.read_report(report).result
+    _print_summary(result, sys.stdout)
+    return SUCCEEDED if result.all_succeeded else FAILED
+
+
+def _load(
+    path: Path, settings: Iterable[str], only: Sequence[str], max_concurrency: int | None, fail_fast: bool | None
+) -> Plan:
+    """Return the plan as the call wants it, checked as far as it can be without running it."""
+    overrides = dict(_split_setting(setting) for setting in settings)
+    plan = load_plan(path, overrides=overrides)
+    if only:
+        plan = plan.only(only)
+    wanted = {"max_concurrency": max_concurrency, "fail_fast": fail_fast}
+    changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    try:
+        plan = attrs.evolve(plan, group=attrs.evolve(plan.group, **changes))
+        refuse_overlaps(plan.group.assignments, ())
+    except (ValueError, ParallelAgentsError) as error:
+        raise _CallError(str(error)) from error
+    return plan
+
+
+def _split_setting(setting: str) -> tuple[str, str]:
+    key, separator, value = setting.partition("=")
+    if not separator or not key:
+        raise _CallError(f"--set needs key=value, got {setting!r}")
+    return key, value
+
+
+def _report_file(path: str | None) -> ReportFile | None:
+    if path is None:
+        return None
+    if path.startswith("-") and path != STDOUT:  # an option, where the path was forgotten
+        raise _CallError(f"--report needs a path or -, got {path!r}")
+    try:
+        return ReportFile(path)
+    except (OSError, ValueError) as error:
+        raise _CallError(f"the report cannot be written to {path!r}: {_reason(error)}; nothing was run") from error
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def _write_report(file: ReportFile, plan: Plan, result: ParallelExecutionResult[Any], backend: str) -> int:
+    environment = attrs.evolve(EnvironmentFacts.current(), backend=backend)
+    content = serialization.report(result, plan=plan.facts, environment=environment)
+    try:
+        file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    except BrokenPipeError:  # whoever reads standard output has seen enough
+        return SUCCEEDED
+    except OSError as error:
+        _complain(f"the report could not be written: {_reason(error)}")
+        return FAILED
+    return SUCCEEDED
+
+
+def _print_summary(result: ParallelExecutionResult[Any], file: TextIO) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print_summary(make_console(file), result)
+
+
+def _log_to_stderr(level: str) -> None:
+    logger.remove()
+    logger.add(
+        _log,
+        level=level.upper(),
+        format="{message}",
+        colorize=False,
+        backtrace=False,
+        diagnose=False,
+    )
+    logger.enable("parallel_agents")
+
+
+def _log(message: "Message") -> None:
+    """Write a record as one line; text in it is never a format, a markup or a terminal sequence."""
+    record = message.record
+    said = [f"{record['time']:%H:%M:%S.%f}"[:-3], f"{record['level'].name:<7}", harmless(record["message"])]
+    said += [f"{key}={_log_value(value)}" for key, value in record["extra"].items()]
+    if record["exception"] is not None:
+        said.append(harmless(f"exception={record['exception'].value!r}"))
+    sys.stderr.write(" ".join(said) + "\n")
+
+
+def _log_value(value: object) -> str:
+    """Return a value that ends where it seems to end: quoted if it holds more than one word."""
+    text = str(value)
+    return text if _ONE_WORD.fullmatch(text) else harmless(repr(text))
+
+
+@frozen
+class _Ending:
+    """How a run ended: its result, unless nothing was run; what people must know; the exit code."""
+
+    result: ParallelExecutionResult[Any] | None
+    problem: str | None
+    code: int
+
+
+def _run(plan: Plan, display: Display, backend: str) -> _Ending:
+    """Run a plan, and be deaf to signals afterwards: the exit code is decided."""
+    try:
+        return anyio.run(_run_until_signalled, plan, display, backend=backend)
+    finally:
+        for signum in _SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+class _Announcer:
+    """Says what a signal does; attached to the shutdown manager as if it were a run."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def begin_shutdown(self, grace_seconds: float) -> None:
+        if grace_seconds:
+            self._display.say(
+                f"Interrupted: nothing more starts, running agents have {grace_seconds:g} s to finish. "
+                "Interrupt again to cancel them now"
+            )
+        else:
+            self._display.say("Interrupted again: cancelling what still runs")
+
+
+async def _run_until_signalled(plan: Plan, display: Display) -> _Ending:
+    manager = ShutdownManager()
+    executor = ParallelExecutor(engine=plan.engine, shutdown_manager=manager, observers=(display,))
+    async with manager.handle_signals():
+        try:
+            with display, manager.attached(_Announcer(display)):
+                ending = await _run_watched(executor, plan, display)
+            if manager.received_signal is not None:
+                ending = attrs.evolve(ending, code=128 + manager.received_signal)
+        finally:
+            # A signal between here, where the handlers go, and where signals are ignored has to wait.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    return ending
+
+
+async def _run_watched(executor: ParallelExecutor, plan: Plan, display: Display) -> _Ending:
+    run = None
+    try:
+        async with executor.open_group(plan.group) as run:
+            async for outcome in run:
+                display.on_outcome(outcome)
+    except ParallelExecutionError as error:
+        return _Ending(error.result, error.message, FAILED)
+    except (ParallelAgentsError, ValueError) as error:
+        if run is not None:
+            raise
+        return _Ending(None, str(error), WRONG)
+    except (KeyboardInterrupt, SystemExit) as error:  # an agent's own: signals do not raise here
+        if run is None:
+            raise
+        problem = f"an agent stopped the program with {type(error).__name__}"
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else FAILED
+        return _Ending(run.result, problem, code)
+    return _Ending(run.result, None, SUCCEEDED if run.result.all_succeeded else FAILED)

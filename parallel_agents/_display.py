@@ -1,0 +1,376 @@
+"""What people see of a run: its progress on standard error, and the table of its outcomes.
+
+Everything that comes from outside (ids, errors, what programs print) goes through ``harmless()`` and then into a
+``Text`` of rich, which interprets neither markup nor emoji codes. Knows values and events; knows nothing of plans,
+files or signals.
+"""
+
+import sys
+import threading
+import time
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self, TextIO
+
+from attrs import frozen
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ._outcomes import AgentOutcome, OutcomeStatus, ParallelExecutionResult
+from .events import PARALLEL_AGENT_START, PARALLEL_GROUP_START, PARALLEL_PROGRESS_UPDATE, ParallelEvent
+from .serialization import to_json
+
+ID_CHARACTERS: Final = 60
+"""Characters of an id that are shown."""
+
+ERROR_CHARACTERS: Final = 300
+"""Characters of an error that are shown; the report has all of it."""
+
+LIVE_ROWS: Final = 12
+"""Agents that the live display shows at most."""
+
+LISTED_OUTCOMES: Final = 50
+"""A result with more outcomes is shown without those that succeeded."""
+
+LISTED_FAILURES: Final = 200
+"""Outcomes that are shown of a large result."""
+
+PIPE_COLUMNS: Final = 200
+"""Columns of a table that no terminal bounds."""
+
+STYLES: Final[Mapping[OutcomeStatus, str]] = {
+    OutcomeStatus.SUCCEEDED: "green",
+    OutcomeStatus.FAILED: "red",
+    OutcomeStatus.TIMED_OUT: "red",
+    OutcomeStatus.CANCELLED: "yellow",
+    OutcomeStatus.REJECTED: "yellow",
+    OutcomeStatus.SKIPPED: "dim",
+    OutcomeStatus.PARKED: "blue",
+}
+
+_INVISIBLE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+"""Unicode categories that steer a terminal or cannot be seen: control, format, surrogate, unassigned, line ends."""
+
+
+def harmless(text: str, at_most: int = sys.maxsize) -> str:
+    r"""Return *text* for a terminal: one line, no control or format characters, at most so many characters.
+
+    What is not to be printed stands as an escape that can be seen, such as ``\x1b`` or ``\n``.
+    """
+    start = text[: at_most + 1]  # an escape is never shorter than what it stands for
+    shown = start if start.isprintable() else "".join(map(_visible, start))
+    return shown if len(shown) <= at_most else f"{shown[: at_most - 1]}…"
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) in _INVISIBLE:
+        return character.encode("unicode_escape").decode("ascii")
+    return character
+
+
+def status_text(status: OutcomeStatus) -> str:
+    """Return a status in words."""
+    return status.value.replace("_", " ")
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in seconds, or in hours, minutes and seconds if it is long."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def error_line(outcome: AgentOutcome[Any]) -> str:
+    """Return why an agent did not succeed, in one short line; empty if it did."""
+    if outcome.result is None:
+        error = outcome.error
+    elif outcome.is_success:
+        return ""
+    else:
+        error = outcome.result.error_message or outcome.result.termination_reason.value
+    return harmless(" ".join(str(error).split()), ERROR_CHARACTERS)
+
+
+def counts_text(result: ParallelExecutionResult[Any]) -> str:
+    """Return how many agents ended how, and how long it all took."""
+    counts = Counter(outcome.status for outcome in result.outcomes)
+    counted = ", ".join(f"{counts[status]} {status_text(status)}" for status in OutcomeStatus if counts[status])
+    return f"{_agents(len(result.outcomes))} in {duration_text(result.total_duration_seconds)}: {counted}"
+
+
+def _agents(count: int) -> str:
+    return "1 agent" if count == 1 else f"{count} agents"
+
+
+def _limit_text(max_concurrency: int | None) -> str:
+    return "all at the same time" if max_concurrency is None else f"at most {max_concurrency} at a time"
+
+
+def opening_text(group_id: str, agent_count: int, max_concurrency: int | None) -> str:
+    """Return what a group is, before it runs."""
+    return f"{harmless(group_id, ID_CHARACTERS)}: {_agents(agent_count)}, {_limit_text(max_concurrency)}"
+
+
+def make_console(file: TextIO) -> Console:
+    """Return a console on *file*; on anything but a terminal lines are long and without colour."""
+    is_terminal = file.isatty()
+    width = None if is_terminal else PIPE_COLUMNS
+    return Console(file=file, width=width, force_terminal=is_terminal, markup=False, emoji=False, highlight=False)
+
+
+def make_table(*columns: str) -> Table:
+    """Return a table with a row per line; text that does not fit is cut, last in the first columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ellipsis", justify="right" if column == "time" else "left")
+    return table
+
+
+def id_text(text: str) -> Text:
+    """Return an id for a table."""
+    return Text(harmless(text, ID_CHARACTERS))
+
+
+def print_summary(console: Console, result: ParallelExecutionResult[Any]) -> None:
+    """Print a table of the outcomes, and the sums. Of a large result those that succeeded are only counted."""
+    listed = list(result.outcomes)
+    if len(listed) > LISTED_OUTCOMES:
+        listed = [outcome for outcome in listed if not outcome.is_success][:LISTED_FAILURES]
+    if listed:
+        console.print(_summary_table(listed))
+        console.print()
+    if len(listed) < len(result.outcomes):
+        console.print(Text(f"{len(result.outcomes) - len(listed)} more are not listed here; the report has them all"))
+    group = harmless(result.group_id, ID_CHARACTERS)
+    console.print(Text(f"{group}: {counts_text(result)}{_usage_text(result)}"), soft_wrap=True)
+
+
+def _summary_table(outcomes: Iterable[AgentOutcome[Any]]) -> Table:
+    table = make_table("agent", "task", "status", "time", "error")
+    for outcome in outcomes:
+        table.add_row(
+            id_text(outcome.agent_id),
+            id_text(outcome.task_id),
+            Text(status_text(outcome.status), style=STYLES[outcome.status]),
+            Text("-" if outcome.started_after_seconds is None else duration_text(outcome.duration_seconds)),
+            Text(error_line(outcome)),
+        )
+    return table
+
+
+def _usage_text(result: ParallelExecutionResult[Any]) -> str:
+    usage = result.total_usage
+    tokens = usage.input_tokens + usage.output_tokens
+    spent = [f"{tokens} tokens"] if tokens else []
+    if usage.cost:
+        spent.append(f"cost {usage.cost:g}")
+    return f"; {', '.join(spent)}" if spent else ""
+
+
+class Display:
+    """Shows nothing: the choice for ``--quiet``, and what the other displays build on.
+
+    A display is entered for the length of a run, observes its events, and is told each outcome.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def on_event(self, event: ParallelEvent, /) -> None:
+        """Take note of an event."""
+
+    def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
+        """Take note of what came of an agent."""
+
+    def say(self, text: str) -> None:
+        """Tell people something that is no event."""
+
+
+class JsonDisplay(Display):
+    """Writes each event as one line of JSON, in ASCII.
+
+    Args:
+        file: Where to.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def on_event(self, event: ParallelEvent, /) -> None:
+        """Write the event."""
+        _write_line(self._file, to_json(event))
+
+
+class LineDisplay(Display):
+    """Writes a line when an agent starts and when it ends: for logs and pipes.
+
+    Args:
+        file: Where to.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._total = 0
+        self._ended = 0
+
+    def on_event(self, event: ParallelEvent, /) -> None:
+        """Write a line for the start of the group, and of each agent."""
+        if event.name == PARALLEL_GROUP_START:
+            self._total = event.fields["agent_count"]
+            self.say(opening_text(event.group_id, self._total, event.fields["max_concurrency"]))
+        elif event.name == PARALLEL_AGENT_START:
+            self._write("started", event.agent_id, event.task_id, "")
+
+    def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
+        """Write a line for an agent that ran; those that never started are in the table at the end."""
+        self._ended += 1
+        if outcome.started_after_seconds is None:
+            return
+        error = error_line(outcome)
+        told = f", {duration_text(outcome.duration_seconds)}{': ' if error else ''}{error}"
+        self._write(status_text(outcome.status), outcome.agent_id, outcome.task_id, told)
+
+    def say(self, text: str) -> None:
+        """Write a line."""
+        _write_line(self._file, text)
+
+    def _write(self, status: str, agent_id: str | None, task_id: str | None, told: str) -> None:
+        agent, task = harmless(str(agent_id), ID_CHARACTERS), harmless(str(task_id), ID_CHARACTERS)
+        self.say(f"[{self._ended}/{self._total}] {status}: {agent} on {task}{told}")
+
+
+def _write_line(file: TextIO, text: str) -> None:
+    try:
+        file.write(f"{text}\n")
+        file.flush()
+    except OSError:  # nobody reads any more; the agents and the report are worth more than the progress
+        pass
+
+
+@frozen
+class _Row:
+    """An agent in the live display; ``seconds`` is a clock's time while it runs, and its duration afterwards."""
+
+    agent_id: str
+    task_id: str
+    seconds: float
+    status: OutcomeStatus | None = None
+
+
+class LiveDisplay(Display):
+    """Draws the sums, the agents that run and those that ended last, in place, several times a second.
+
+    It is drawn by a thread of its own, so that a terminal that stands still does not hold up the agents.
+
+    Args:
+        console: On a terminal.
+        live: Draws what ``render()`` returns; by default one that draws by itself.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._guard = threading.Lock()
+        self._group_id = ""
+        self._sums: Mapping[str, Any] = {}
+        self._running: dict[str, _Row] = {}
+        self._ended: deque[_Row] = deque(maxlen=LIVE_ROWS)
+        self._live = Live(
+            console=console,
+            get_renderable=self.render,
+            refresh_per_second=8,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def on_event(self, event: ParallelEvent, /) -> None:
+        """Take note of an agent that starts, and of the sums."""
+        with self._guard:
+            if event.name == PARALLEL_PROGRESS_UPDATE:
+                self._group_id, self._sums = event.group_id, event.fields
+            elif event.name == PARALLEL_AGENT_START:
+                agent, task = str(event.agent_id), str(event.task_id)
+                self._running[task] = _Row(agent, task, time.monotonic())
+
+    def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
+        """Take note of an agent that ended."""
+        with self._guard:
+            if self._running.pop(outcome.task_id, None) is not None:
+                row = _Row(outcome.agent_id, outcome.task_id, outcome.duration_seconds, outcome.status)
+                self._ended.append(row)
+
+    def say(self, text: str) -> None:
+        """Print a line above the live part."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def render(self) -> RenderableType:
+        """Return what is to be drawn now."""
+        with self._guard:
+            group_id, sums = self._group_id, self._sums
+            running, ended = list(self._running.values()), list(self._ended)
+        if not sums:
+            return ""
+        room = max(1, min(LIVE_ROWS, self._console.height - 3))
+        rows = Table.grid(padding=(0, 2, 0, 0))
+        for _ in range(3):
+            rows.add_column(no_wrap=True, overflow="ellipsis")
+        rows.add_column(no_wrap=True, justify="right")
+        for row in reversed(ended[len(ended) - max(0, room - len(running)) :]):
+            rows.add_row(*_cells(row, row.seconds))
+        now = time.monotonic()
+        for row in running[:room]:
+            rows.add_row(*_cells(row, now - row.seconds))
+        hidden = len(running) - room
+        more = [Text(f"... and {hidden} more running", style="dim")] if hidden > 0 else []
+        return Group(_head(group_id, sums), rows, *more)
+
+
+def _cells(row: _Row, seconds: float) -> tuple[Text, Text, Text, Text]:
+    if row.status is None:
+        state = Text("running", style="cyan")
+    else:
+        state = Text(status_text(row.status), style=STYLES[row.status])
+    return state, id_text(row.agent_id), id_text(row.task_id), Text(duration_text(seconds))
+
+
+def _head(group_id: str, sums: Mapping[str, Any]) -> Table:
+    told = [f"{sums['completed']}/{sums['total']}", f"{sums['succeeded']} succeeded"]
+    told += [f"{sums[name]} {name}" for name in ("failed", "parked") if sums[name]]
+    told += [f"{sums['in_progress']} running", f"{sums['pending']} waiting"]
+    head = Table.grid(padding=(0, 2, 0, 0))
+    head.add_row(
+        Text(harmless(group_id, 30), style="bold"),
+        ProgressBar(total=sums["total"], completed=sums["completed"], width=20),
+        Text(", ".join(told)),
+    )
+    return head
+
+
+def choose_display(*, quiet: bool, json_events: bool) -> Display:
+    """Return the display for standard error as it is."""
+    if json_events:
+        return JsonDisplay(sys.stderr)
+    if quiet:
+        return Display()
+    console = make_console(sys.stderr)
+    return LiveDisplay(console) if console.is_terminal and console.is_interactive else LineDisplay(sys.stderr)

@@ -1,0 +1,355 @@
+"""What people see: harmless text, the table, lines, JSON lines, and the live display on a recording console."""
+
+import io
+import json
+import unicodedata
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from parallel_agents import (
+    AgentOutcome,
+    AgentRunResult,
+    OutcomeStatus,
+    ParallelEvent,
+    ParallelExecutionResult,
+    TerminationReason,
+    Usage,
+)
+from parallel_agents._display import (
+    ERROR_CHARACTERS,
+    LISTED_FAILURES,
+    LISTED_OUTCOMES,
+    Display,
+    JsonDisplay,
+    LineDisplay,
+    LiveDisplay,
+    choose_display,
+    duration_text,
+    error_line,
+    harmless,
+    make_console,
+    print_summary,
+)
+from parallel_agents.events import PARALLEL_AGENT_START, PARALLEL_GROUP_START, PARALLEL_PROGRESS_UPDATE
+
+HOSTILE = [
+    "{braces} {0} {",
+    "[/] [bold]markup[/bold] [link=http://evil]x[/link]",
+    "<red>loguru</red>",
+    ":smile: :skull:",
+    "line\nfeed\r\nreturn\ttab",
+    "\x1b]0;title\x07 \x1b[2J \x9b31m",
+    "\x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\",
+    "bidi \u202egnp.exe\u2066 zero\u200bwidth \ufeff",
+    "\udce9 lone surrogate",
+    "nul \0 and unassigned \U000e0080",
+    "x" * 10_000,
+    "\x1b" * 10_000,
+]
+
+
+def succeeded(name: str = "a", **fields: Any) -> AgentOutcome[Any]:
+    result: AgentRunResult[Any] = AgentRunResult(
+        task_id=f"task-{name}", agent_id=f"agent-{name}", termination_reason=TerminationReason.COMPLETED, **fields
+    )
+    return AgentOutcome(
+        task_id=result.task_id,
+        agent_id=result.agent_id,
+        result=result,
+        started_after_seconds=0.0,
+        duration_seconds=1.25,
+    )
+
+
+def failed(name: str = "b", error: str = "ValueError: no", **fields: Any) -> AgentOutcome[Any]:
+    fields = {"started_after_seconds": 0.0, "duration_seconds": 2.0} | fields
+    return AgentOutcome(task_id=f"task-{name}", agent_id=f"agent-{name}", error=error, **fields)
+
+
+def result_of(*outcomes: AgentOutcome[Any], group_id: str = "group") -> ParallelExecutionResult[Any]:
+    return ParallelExecutionResult(group_id=group_id, outcomes=outcomes, total_duration_seconds=3.0)
+
+
+def summary(*outcomes: AgentOutcome[Any], group_id: str = "group") -> str:
+    file = io.StringIO()
+    print_summary(make_console(file), result_of(*outcomes, group_id=group_id))
+    return file.getvalue()
+
+
+def event(name: str, agent: str | None = None, **fields: Any) -> ParallelEvent:
+    ids = {} if agent is None else {"agent_id": f"agent-{agent}", "task_id": f"task-{agent}"}
+    return ParallelEvent(name=name, group_id="group", at_seconds=0.5, fields=fields, **ids)
+
+
+def progress(total: int, *, running: int = 0, succeeded: int = 0, failed: int = 0, parked: int = 0) -> ParallelEvent:
+    completed = succeeded + failed + parked
+    return event(
+        PARALLEL_PROGRESS_UPDATE,
+        total=total,
+        completed=completed,
+        in_progress=running,
+        succeeded=succeeded,
+        failed=failed,
+        parked=parked,
+        pending=total - completed - running,
+    )
+
+
+def live_console(height: int = 25, **options: Any) -> Console:
+    return Console(file=io.StringIO(), width=100, height=height, force_terminal=True, color_system=None, **options)
+
+
+def drawn(display: LiveDisplay, console: Console) -> str:
+    with console.capture() as capture:
+        console.print(display.render())
+    return capture.get()
+
+
+def steers_a_terminal(text: str) -> bool:
+    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text if c != "\n")
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_harmless_text_holds_nothing_that_steers_a_terminal(text: str) -> None:
+    shown = harmless(text, 100)
+    assert "\n" not in shown
+    assert not steers_a_terminal(shown)
+    assert len(shown) <= 100
+    shown.encode()
+
+
+def test_harmless_text_shows_what_it_replaced() -> None:
+    assert harmless("a\x1b[1m\n\u202eb\udce9") == r"a\x1b[1m\n\u202eb\udce9"
+
+
+def test_harmless_text_leaves_ordinary_text_of_any_language_alone() -> None:
+    text = "Grüße, 你好\u3000世界, שלום, 😀 [x] {y} :smile:"
+    assert harmless(text) == text
+    assert harmless(text, len(text)) == text
+
+
+def test_text_that_is_too_long_is_cut_and_the_cut_is_marked() -> None:
+    assert harmless("abcdef", 5) == "abcd…"
+    assert harmless("abcd\n", 5) == "abcd…"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (99.9, "99.9 s"), (100, "1:40"), (3599.9, "59:59"), (3661, "1:01:01")]
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_errors_are_one_short_line() -> None:
+    assert error_line(failed(error="two\nlines\t\x1b[1m")) == r"two lines \x1b[1m"
+    assert len(error_line(failed(error="x" * 10_000))) == ERROR_CHARACTERS
+    assert error_line(succeeded()) == ""
+
+
+def test_a_failed_result_says_its_message_or_how_it_ended() -> None:
+    def outcome(**fields: Any) -> AgentOutcome[Any]:
+        return AgentOutcome(task_id="t", agent_id="a", result=AgentRunResult(task_id="t", agent_id="a", **fields))
+
+    assert error_line(outcome(termination_reason=TerminationReason.ERROR, error_message="exit code 3")) == "exit code 3"
+    assert error_line(outcome(termination_reason=TerminationReason.MAX_TURNS)) == "max_turns"
+
+
+def test_the_table_has_a_row_for_each_outcome_and_the_sums() -> None:
+    late = failed("c", "Timed out after 2 s", status=OutcomeStatus.TIMED_OUT)
+    never = failed("d", "Shutdown in progress", status=OutcomeStatus.REJECTED, started_after_seconds=None)
+    text = summary(succeeded("a"), failed("b"), late, never)
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[0] == ["agent", "task", "status", "time", "error"]
+    assert rows[1] == ["agent-a", "task-a", "succeeded", "1.2", "s"]
+    assert rows[2] == ["agent-b", "task-b", "failed", "2.0", "s", "ValueError:", "no"]
+    assert rows[3][2:6] == ["timed", "out", "2.0", "s"]
+    assert rows[4][2:4] == ["rejected", "-"]
+    assert text.splitlines()[-1] == "group: 4 agents in 3.0 s: 1 succeeded, 1 failed, 1 timed out, 1 rejected"
+
+
+def test_the_sums_tell_what_was_spent() -> None:
+    text = summary(succeeded(usage=Usage(input_tokens=10, output_tokens=5, cost=0.25)))
+    assert text.splitlines()[-1] == "group: 1 agent in 3.0 s: 1 succeeded; 15 tokens, cost 0.25"
+
+
+def test_a_large_table_lists_only_what_did_not_succeed() -> None:
+    many = [succeeded(str(number)) for number in range(LISTED_OUTCOMES)]
+    text = summary(*many, failed("x"))
+    assert "agent-x" in text
+    assert "agent-7" not in text
+    assert f"{LISTED_OUTCOMES} more are not listed" in text
+
+
+def test_a_large_table_of_failures_ends_somewhere() -> None:
+    text = summary(*[failed(str(number)) for number in range(LISTED_FAILURES + 5)])
+    assert text.count("ValueError") == LISTED_FAILURES
+    assert "5 more are not listed" in text
+    assert f"{LISTED_FAILURES + 5} failed" in text
+
+
+def test_a_large_table_in_which_all_succeeded_is_its_sums() -> None:
+    text = summary(*[succeeded(str(number)) for number in range(1000)])
+    assert text.splitlines()[-1] == "group: 1000 agents in 3.0 s: 1000 succeeded"
+    assert len(text.splitlines()) == 2
+
+
+@pytest.mark.proves("V2")
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_ids_and_errors_are_harmless_in_the_table(text: str) -> None:
+    outcome: AgentOutcome[Any] = AgentOutcome(task_id=text, agent_id=text, error=text)
+    shown = summary(outcome, group_id=text)
+    assert not steers_a_terminal(shown)
+    assert len(shown.splitlines()) == 4
+    assert harmless(text, 20)[:19] in shown
+
+
+@pytest.mark.proves("V2")
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_ids_are_harmless_in_lines_and_in_the_live_display(text: str) -> None:
+    start = ParallelEvent(
+        name=PARALLEL_GROUP_START, group_id=text, at_seconds=0.0, fields={"agent_count": 1, "max_concurrency": 1}
+    )
+    agent = ParallelEvent(name=PARALLEL_AGENT_START, group_id=text, task_id=text, agent_id=text, at_seconds=0.0)
+    file, console = io.StringIO(), live_console()
+    lines, live = LineDisplay(file), LiveDisplay(console)
+    for display in (lines, live):
+        for each in (start, agent, progress(1, running=1)):
+            display.on_event(each)
+    running = drawn(live, console)
+    for display in (lines, live):
+        display.on_outcome(AgentOutcome(task_id=text, agent_id=text, error=text, started_after_seconds=0.0))
+    assert len(file.getvalue().splitlines()) == 3
+    for shown in (file.getvalue(), running, drawn(live, console)):
+        assert not steers_a_terminal(shown)
+        assert harmless(text, 20)[:19] in shown
+
+
+def test_lines_tell_each_start_and_each_end() -> None:
+    file = io.StringIO()
+    with LineDisplay(file) as display:
+        display.on_event(event(PARALLEL_GROUP_START, agent_count=3, max_concurrency=2))
+        display.on_event(progress(3))
+        display.on_event(event(PARALLEL_AGENT_START, "a"))
+        display.on_event(event(PARALLEL_AGENT_START, "b"))
+        display.on_outcome(failed("b"))
+        display.on_outcome(succeeded("a"))
+        display.on_outcome(
+            failed("c", "Shutdown in progress", status=OutcomeStatus.REJECTED, started_after_seconds=None)
+        )
+        display.say("that was all")
+    assert file.getvalue().splitlines() == [
+        "group: 3 agents, at most 2 at a time",
+        "[0/3] started: agent-a on task-a",
+        "[0/3] started: agent-b on task-b",
+        "[1/3] failed: agent-b on task-b, 2.0 s: ValueError: no",
+        "[2/3] succeeded: agent-a on task-a, 1.2 s",
+        "that was all",
+    ]
+
+
+def test_each_event_is_one_line_of_json() -> None:
+    file = io.StringIO()
+    display = JsonDisplay(file)
+    for text in HOSTILE:
+        display.on_event(ParallelEvent(name=PARALLEL_AGENT_START, group_id=text, task_id=text, at_seconds=1.5))
+    lines = file.getvalue().splitlines()
+    assert [json.loads(line)["task_id"] for line in lines] == HOSTILE
+    assert file.getvalue().isascii()
+
+
+class NobodyReads(io.StringIO):
+    def write(self, text: str, /) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("kind", [LineDisplay, JsonDisplay])
+def test_a_reader_that_went_away_does_not_disturb_the_run(kind: type[LineDisplay] | type[JsonDisplay]) -> None:
+    display = kind(NobodyReads())
+    display.on_event(event(PARALLEL_GROUP_START, agent_count=1, max_concurrency=None))
+    display.on_event(event(PARALLEL_AGENT_START, "a"))
+    display.on_outcome(succeeded())
+
+
+def test_the_quiet_display_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with choose_display(quiet=True, json_events=False) as display:
+        assert type(display) is Display
+        display.on_event(event(PARALLEL_AGENT_START, "a"))
+        display.on_outcome(succeeded())
+        display.say("something")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_no_terminal_gets_lines() -> None:
+    assert type(choose_display(quiet=False, json_events=False)) is LineDisplay
+    assert type(choose_display(quiet=False, json_events=True)) is JsonDisplay
+
+
+def test_the_live_display_shows_who_runs_who_ended_and_the_sums() -> None:
+    console = live_console()
+    display = LiveDisplay(console)
+    assert drawn(display, console).strip() == ""
+    display.on_event(event(PARALLEL_AGENT_START, "a"))
+    display.on_event(event(PARALLEL_AGENT_START, "b"))
+    display.on_outcome(failed("b"))
+    display.on_outcome(failed("c", "Shutdown in progress", status=OutcomeStatus.REJECTED, started_after_seconds=None))
+    display.on_event(progress(7, running=1, succeeded=2, failed=1, parked=1))
+    head, *rows = [line.split() for line in drawn(display, console).splitlines()]
+    assert head[0] == "group"
+    assert " ".join(head[-11:]) == "4/7, 2 succeeded, 1 failed, 1 parked, 1 running, 2 waiting"
+    assert rows == [["failed", "agent-b", "task-b", "2.0", "s"], ["running", "agent-a", "task-a", "0.0", "s"]]
+
+
+def test_the_live_display_stays_calm_with_a_thousand_agents() -> None:
+    console = live_console(height=10)
+    display = LiveDisplay(console)
+    for number in range(1000):
+        display.on_event(event(PARALLEL_AGENT_START, str(number)))
+    display.on_event(progress(1500, running=1000))
+    lines = drawn(display, console).splitlines()
+    assert len(lines) <= 10
+    assert "agent-0 " in lines[1]
+    assert lines[-1].strip() == "... and 993 more running"
+
+
+def test_the_live_display_fills_its_rows_with_those_that_ended_last() -> None:
+    console = live_console(height=8)
+    display = LiveDisplay(console)
+    for number in range(20):
+        display.on_event(event(PARALLEL_AGENT_START, str(number)))
+    for number in range(18):
+        display.on_outcome(succeeded(str(number)))
+    display.on_event(progress(20, running=2, succeeded=18))
+    agents = [line.split()[1] for line in drawn(display, console).splitlines()[1:]]
+    assert agents == ["agent-17", "agent-16", "agent-15", "agent-18", "agent-19"]
+
+
+def test_the_live_display_draws_and_leaves_nothing_behind_but_what_was_said() -> None:
+    console = live_console()
+    with LiveDisplay(console) as display:
+        display.on_event(event(PARALLEL_AGENT_START, "a"))
+        display.on_event(progress(1, running=1))
+        display.say("Interrupted [/] {}")
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    assert "Interrupted [/] {}" in file.getvalue()
+    assert "\x1b[?25h" in file.getvalue()  # the cursor is there again
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured, plain = Terminal(), Terminal()
+    print_summary(make_console(coloured), result_of(failed()))
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_summary(make_console(plain), result_of(failed()))
+    assert "\x1b[31m" in coloured.getvalue()
+    assert "\x1b[31m" not in plain.getvalue()
