@@ -190,11 +190,14 @@ def structure(type_: type[_V], data: object) -> _V:
     Raises:
         InvalidDataError: With all that is wrong.
     """
+    return _structured(type_, data, "")
+
+
+def _structured(type_: type[_V], data: object, place: str) -> _V:
     try:
         return _shared_converter().structure(data, type_)
-    except BaseValidationError as error:
-        problems = [line(place, message) for place, message in problems_of(error)]
-        raise InvalidDataError(problems) from error
+    except (BaseValidationError, ValueError, TypeError) as error:
+        raise InvalidDataError([line(*problem) for problem in problems_of(error, place)]) from error
 
 
 def report(
@@ -230,7 +233,7 @@ def read_report(source: "str | bytes | os.PathLike[str]") -> Report:
     found = table.pop("schema_version", None)
     if type(found) is not int or found != SCHEMA_VERSION:
         raise InvalidDataError([f"schema_version: must be {SCHEMA_VERSION}, got {shown(found)}"])
-    meta = structure(ReportMeta, table.pop("meta", {}))
+    meta = _structured(ReportMeta, table.pop("meta", {}), "meta")
     return Report(result=structure(ParallelExecutionResult, table), meta=meta)
 
 
@@ -490,14 +493,15 @@ def problems_of(error: BaseException, place: str = "") -> Iterator[tuple[str, st
         yield _placed(place, str(error))
 
 
+_PLACE_NOTES = (AttributeValidationNote, IterableValidationNote)
+
+
 def _step(error: BaseException) -> str | int | None:
     """Return the name or the index that cattrs noted on an error, if it did."""
-    for note in getattr(error, "__notes__", ()):
-        if isinstance(note, IterableValidationNote):
-            return note.index
-        if isinstance(note, AttributeValidationNote):
-            return note.name
-    return None
+    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, _PLACE_NOTES)]
+    if not notes:
+        return None
+    return notes[0].index if isinstance(notes[0], IterableValidationNote) else notes[0].name
 
 
 def below(place: str, step: str | int | None) -> str:
