@@ -21,6 +21,9 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 OUTSIDE_THE_CORE = [
     "parallel_agents/__main__.py",
     "parallel_agents/_display.py",
+    "parallel_agents/_plan_text.py",
+    "parallel_agents/_plan_yaml.py",
+    "parallel_agents/_report_file.py",
     "parallel_agents/cli.py",
     "parallel_agents/plan.py",
     "parallel_agents/engines/process.py",

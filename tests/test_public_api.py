@@ -14,7 +14,7 @@ import parallel_agents
 PACKAGE = Path(parallel_agents.__file__).parent
 EXTRAS = frozenset({"cyclopts", "rich", "yaml"})
 BACKENDS = frozenset({"asyncio", "trio"})
-MAY_USE_EXTRAS = frozenset({"_display.py", "cli.py", "plan.py", "__main__.py"})
+MAY_USE_EXTRAS = frozenset({"_display.py", "_plan_yaml.py", "cli.py"})
 
 
 def imported(source: str) -> Iterator[str]:

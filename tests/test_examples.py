@@ -1,0 +1,46 @@
+"""Every example runs, on both backends, and prints what it should."""
+
+import re
+from pathlib import Path
+
+import pytest
+from programs import BACKENDS, ROOT, run_program
+
+EXAMPLES = ROOT / "examples"
+
+PRINTED = {
+    "graceful_shutdown.py": (
+        "cleaning up\n"
+        "0 succeeded - stopped early, after some steps\n"
+        "1 succeeded - stopped early, after some steps\n"
+        "2 rejected - Shutdown in progress\n"
+        "3 rejected - Shutdown in progress\n"
+        "4 rejected - Shutdown in progress\n"
+        "5 rejected - Shutdown in progress\n"
+    ),
+    "own_engine.py": (
+        "one succeeded A WORD\n"
+        "two succeeded ANOTHER WORD\n"
+        "three failed ValueError: there is nothing to translate\n"
+        "timed: one, three, two\n"
+        "tokens read: 18\n"
+    ),
+    "programs.py": ("ok succeeded\nbad failed\nslow timed_out\nsaid: hello, Ada\nit ended with: exit code 1: no such customer\n"),
+    "shared_limit.py": "most at once: 3\n",
+    "watch.py": "0 -> 0\n1 -> 1\n2 -> 4\n3 -> 9\nstopped in time: True\n100 outcomes\n",
+}
+
+
+def test_no_example_is_left_out() -> None:
+    assert {file.name for file in EXAMPLES.glob("*.py")} == set(PRINTED)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_prints_what_it_should(name: str, backend: str, tmp_path: Path) -> None:
+    assert run_program(EXAMPLES / name, backend, cwd=tmp_path) == PRINTED[name]
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_says_what_it_shows(name: str) -> None:
+    assert re.match(r'"""[A-Z].+', (EXAMPLES / name).read_text("utf-8"))
