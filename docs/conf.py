@@ -1,5 +1,10 @@
 """How the documentation is built: ``nox -s docs``."""
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
 import parallel_agents
 
 project = "parallel_agents"
@@ -19,6 +24,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+python_use_unqualified_type_names = True
 nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' names, and the interpreter's: a build needs no network, so nothing of theirs is looked up.
@@ -27,8 +33,23 @@ nitpick_ignore_regex = [
     (r"py:exc", r"[A-Z]\w+(Error|Exit|Interrupt|Group|Exception)"),
 ]
 
-for _name in parallel_agents.__all__:
-    # Signatures should name things as users import them, not the private module that they are written in.
-    _public = getattr(parallel_agents, _name)
-    if getattr(_public, "__module__", "").startswith("parallel_agents._"):
-        _public.__module__ = "parallel_agents"
+TYPE_VARIABLES_AND_PRIVATE_TYPES = r"parallel_agents\.\w+(\.\w+)?\.(T|_V|FrozenDict)"
+nitpick_ignore_regex.append((r"py:(class|obj)", TYPE_VARIABLES_AND_PRIVATE_TYPES))
+
+
+def _find_where_users_import_it(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: nodes.TextElement
+) -> nodes.reference | None:
+    """Resolve a reference to the private module that a public name is written in."""
+    module, _, name = node.get("reftarget", "").rpartition(".")
+    if not module.startswith("parallel_agents._") or name not in parallel_agents.__all__:
+        return None
+    document = node["refdoc"]
+    return env.domains.python_domain.resolve_xref(
+        env, document, app.builder, "obj", f"parallel_agents.{name}", node, shown
+    )
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("missing-reference", _find_where_users_import_it)

@@ -35,7 +35,7 @@ class TerminationReason(StrEnum):
     STAGNATION = auto()
     """It went round in circles."""
     PARKED = auto()
-    """It waits for a person: neither success nor failure."""
+    """It waits for a person, and is neither success nor failure."""
 
 
 class OutcomeStatus(StrEnum):
@@ -48,9 +48,9 @@ class OutcomeStatus(StrEnum):
     TIMED_OUT = auto()
     """It took longer than its assignment allows."""
     CANCELLED = auto()
-    """It was stopped: by fail-fast, by the caller, by ``cancel_task()``, or by itself."""
+    """It was stopped by fail-fast, by the caller, by ``cancel_task()``, or by itself."""
     REJECTED = auto()
-    """It was not let in: the program is shutting down."""
+    """It was not let in, because the program is shutting down."""
     SKIPPED = auto()
     """It was not needed any more, or what it needs is missing."""
     PARKED = auto()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from programs import BACKENDS, ROOT, run_program
 
+from parallel_agents import events
+
 DOCS = ROOT / "docs"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -50,6 +52,12 @@ def test_a_how_to_page_says_first_when_to_use_it_and_when_not(page: Path) -> Non
     assert paragraphs[0].startswith("# ")
     assert "when" in paragraphs[1].lower()
     assert re.search(r"\bnot\b", paragraphs[1])
+
+
+def test_the_reference_lists_every_event() -> None:
+    page = (DOCS / "reference.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(PARALLEL_\w+)` \| `([\w.]+)` \|", page, flags=re.MULTILINE)
+    assert listed == [(name, value) for name, value in vars(events).items() if name.startswith("PARALLEL_")]
 
 
 def test_continuous_integration_runs_the_second_command_of_the_readme() -> None:
