@@ -20,6 +20,7 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 OUTSIDE_THE_CORE = [
     "parallel_agents/__main__.py",
+    "parallel_agents/_commands.py",
     "parallel_agents/_display.py",
     "parallel_agents/_plan_text.py",
     "parallel_agents/_plan_yaml.py",
@@ -138,7 +139,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def typing(session: nox.Session) -> None:
     """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
-    session.install("-q", "-e", ".[cli]", *_group("typing"), *_group("bench"))
+    session.install("-q", "-e", ".[cli]", *_group("typing"))
     session.run("mypy")
     session.run("pyright")
 

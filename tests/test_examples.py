@@ -25,7 +25,11 @@ PRINTED = {
         "timed: one, three, two\n"
         "tokens read: 18\n"
     ),
-    "programs.py": ("ok succeeded\nbad failed\nslow timed_out\nsaid: hello, Ada\nit ended with: exit code 1: no such customer\n"),
+    "run_programs.py": (
+        "said: hello, Ada\n"
+        "Agent 'greeter of bad' on task 'bad' failed: exit code 1: no such customer\n"
+        "Agent 'greeter of slow' on task 'slow' timed_out: Timed out after 0.5 s\n"
+    ),
     "shared_limit.py": "most at once: 3\n",
     "watch.py": "0 -> 0\n1 -> 1\n2 -> 4\n3 -> 9\nstopped in time: True\n100 outcomes\n",
 }

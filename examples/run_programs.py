@@ -4,7 +4,14 @@ import sys
 
 import anyio
 
-from parallel_agents import AgentAssignment, AgentIdentity, ParallelExecutionGroup, ParallelExecutor, Task
+from parallel_agents import (
+    AgentAssignment,
+    AgentFailedError,
+    AgentIdentity,
+    ParallelExecutionGroup,
+    ParallelExecutor,
+    Task,
+)
 from parallel_agents.engines.process import ProcessEngine
 
 PROGRAM = """
@@ -28,10 +35,11 @@ async def main() -> None:
     assignments = [greet("ok", "Ada", 0), greet("bad", "nobody", 0), greet("slow", "Grace", 60, timeout_seconds=0.5)]
     group = ParallelExecutionGroup(group_id="greetings", assignments=assignments, max_concurrency=3)
     result = await ParallelExecutor(engine=engine).execute_group(group)
-    for outcome in result.outcomes:
-        print(outcome.task_id, outcome.status)
     print("said:", result.outcome_of("ok").output, end="")
-    print("it ended with:", result.outcome_of("bad").result.error_message)
+    try:
+        result.raise_for_failures()
+    except* AgentFailedError as failures:
+        print(*failures.exceptions, sep="\n")
 
 
 if __name__ == "__main__":
