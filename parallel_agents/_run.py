@@ -11,6 +11,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, copy_context
+from enum import Enum, auto
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
@@ -29,7 +30,6 @@ from ._endings import (
     Stop,
     fatal_in,
     is_cancellation,
-    leaves,
     order_to_end,
 )
 from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConflictError
@@ -93,6 +93,17 @@ class Settings:
     observers: tuple[Observer, ...]
 
 
+class Fitness(Enum):
+    """What became of a task in which agents ran."""
+
+    FIT = auto()
+    """It can run more."""
+    SPOILED = auto()
+    """An agent cancelled it natively; it ends, and another takes its place."""
+    HOLDS_A_SCOPE = auto()
+    """An agent left a cancel scope open in it; another takes its place, and it ends when all else has."""
+
+
 class GroupRun(Generic[T]):
     """A group in flight, as ``ParallelExecutor.open_group()`` gives it.
 
@@ -111,7 +122,7 @@ class GroupRun(Generic[T]):
         self._result: ParallelExecutionResult[T] | None = None
 
         self._started = anyio.current_time()
-        self._events = GroupEvents(group.group_id, settings.observers, self._started)
+        self._events = GroupEvents(group.group_id, settings.observers, self._started, self._end_for_callback)
         self._claims = HeldClaims(settings.resource_lock, group.group_id, group.assignments, self._events)
         self._enclosing = _enclosing_call()
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
@@ -121,13 +132,16 @@ class GroupRun(Generic[T]):
 
         self._tasks: TaskGroup
         self._workers = 0
+        self._parked_tasks = 0
+        self._block_is_over = False
+        self._all_else_ended = anyio.Event()
         self._waiting: set[anyio.CancelScope] = set()
         self._running: dict[int, EngineCall] = {}
         self._stopped: Stop | None = None
         self._grace_ends = math.inf
         self._ran_at_shutdown: frozenset[int] = frozenset()
         self._fatal: list[Exception] = []
-        self._order_to_end: BaseException | None = None
+        self._orders_to_end: list[BaseException] = []
         self._succeeded = self._failed = self._parked = 0
 
     def __repr__(self) -> str:
@@ -203,10 +217,12 @@ class GroupRun(Generic[T]):
                     yield self
         except BaseException as error:
             self._tell_complete(self._status_after(error))
+            self._raise_orders_to_end()
             for problem in self._claims.errors:
                 error.add_note(f"A lock could not be given back: {error_text(problem)}")
             raise
         self._tell_complete(self._status())
+        self._raise_orders_to_end()
         self._raise_for_errors()
 
     @asynccontextmanager
@@ -246,9 +262,14 @@ class GroupRun(Generic[T]):
                 except BaseException as error:  # raised again below, bare: the task group would wrap it
                     raised = error
                     self._stop_all(Stop(f"the block that opened the group raised {type(error).__name__}", "error"))
-        except BaseExceptionGroup as errors:  # of workers: a callback gave an order to end the program
-            raised = order_to_end(errors, self._cancelled_class) or errors
-            self._tell_suppressed(errors, raised)
+                finally:
+                    self._block_is_over = True
+                    self._let_parked_tasks_end()
+        except BaseExceptionGroup as errors:
+            others = errors.split(RuntimeError)[1] if self._parked_tasks else errors
+            if others is not None:
+                raise others from None
+            await anyio.lowlevel.checkpoint_if_cancelled()  # the parked tasks' errors stood above a cancellation
         finally:
             self._settle()
             await self._claims.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
@@ -257,7 +278,7 @@ class GroupRun(Generic[T]):
                 outcomes=cast("list[AgentOutcome[T]]", self._outcomes),
                 total_duration_seconds=anyio.current_time() - self._started,
             )
-        if (raised := self._order_to_end or raised) is not None:
+        if raised is not None:
             raise raised
 
     def _validate(self) -> None:
@@ -282,6 +303,12 @@ class GroupRun(Generic[T]):
             found.append(call.assignment)
             call = call.run._enclosing
         return found
+
+    def _raise_orders_to_end(self) -> None:
+        """Raise, as it is, what told the program to end; it stands above every other error."""
+        if self._orders_to_end:
+            self._tell_suppressed()
+            raise self._orders_to_end[0]
 
     def _raise_for_errors(self) -> None:
         """Raise at the end of a group that nothing else ended."""
@@ -317,22 +344,44 @@ class GroupRun(Generic[T]):
         self._tasks.start_soon(self._work, name=f"parallel_agents worker of {self.group.group_id!r}")
 
     async def _work(self) -> None:
-        """Be one worker: run assignments until none is left, or until the task is spoiled."""
-        task = anyio.get_current_task()
+        """Be one worker."""
+        fitness = Fitness.SPOILED
         try:
-            if task.has_pending_cancellation():  # nothing ran in this task yet: it is the group that is cancelled
-                self._stop_all(CALLER_CANCELLED)
-            while self._admission.has_queued and not task.has_pending_cancellation():
-                if not await self._work_in_one_scope(task):
-                    break
-            if task.has_pending_cancellation():
-                await self._take_cancellation(task)
-            if self._admission.has_queued:  # this task is spoiled
-                self._spawn_worker()
+            fitness = await self._pull()
         finally:
             self._workers -= 1
-            if not self._workers:
+            if self._admission.has_queued and not self._workers_suffice():
+                self._spawn_worker()
+            elif not self._workers:
                 self._settle()
+                self._let_parked_tasks_end()
+        if fitness is Fitness.HOLDS_A_SCOPE:
+            await self._park()
+
+    async def _pull(self) -> "Fitness":
+        """Run assignments until none is left, or until the task is spoiled."""
+        task = anyio.get_current_task()
+        fitness = Fitness.FIT
+        if task.has_pending_cancellation():  # nothing ran in this task yet: it is the group that is cancelled
+            self._stop_all(CALLER_CANCELLED)
+        while fitness is Fitness.FIT and self._admission.has_queued and not task.has_pending_cancellation():
+            fitness = await self._work_in_one_scope(task)
+        if fitness is not Fitness.HOLDS_A_SCOPE and task.has_pending_cancellation():
+            await self._take_cancellation(task)
+        return fitness
+
+    async def _park(self) -> None:
+        """Keep a task in which a scope was left open from ending before everything else has.
+
+        On asyncio it can end only with an error, which would cancel whatever still runs in the task group.
+        """
+        self._parked_tasks += 1
+        with anyio.CancelScope(shield=True):  # bounded by the workers and the block, for which alone it waits
+            await self._all_else_ended.wait()
+
+    def _let_parked_tasks_end(self) -> None:
+        if self._block_is_over and not self._workers:
+            self._all_else_ended.set()
 
     async def _take_cancellation(self, task: anyio.TaskInfo) -> None:
         """Raise the group's cancellation; use up a native one that an agent left behind for this task alone.
@@ -349,8 +398,8 @@ class GroupRun(Generic[T]):
         """Whether another worker would find nothing to do, or only wait beside one that waits for a slot already."""
         return self._workers >= self._admission.limit or bool(self._waiting)
 
-    async def _work_in_one_scope(self, task: anyio.TaskInfo) -> bool:
-        """Run assignments until the scope is used up; return whether the task is fit for more."""
+    async def _work_in_one_scope(self, task: anyio.TaskInfo) -> "Fitness":
+        """Run assignments until the scope is used up; return what became of the task."""
         own_error: RuntimeError | None = None
         try:
             with anyio.CancelScope() as scope:
@@ -362,16 +411,16 @@ class GroupRun(Generic[T]):
         except RuntimeError as error:
             if error is own_error:
                 raise
-            return False  # the scope could not be left, because an agent left one open inside it
+            return Fitness.HOLDS_A_SCOPE  # which is why this one could not be left
         except self._cancelled_class:
             if task.has_pending_cancellation():
                 raise
-            return False  # natively cancelled, by somebody who found this task: it must harm nobody else
+            return Fitness.SPOILED  # natively cancelled, by somebody who found this task: it must harm nobody else
         finally:
             own_error = None  # its traceback holds this frame
-        return True
+        return Fitness.FIT
 
-    async def _work_while_clean(self, scope: anyio.CancelScope, task: anyio.TaskInfo) -> bool:
+    async def _work_while_clean(self, scope: anyio.CancelScope, task: anyio.TaskInfo) -> "Fitness":
         """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
         deadline = anyio.current_effective_deadline()
         limiter = self._settings.limiter
@@ -385,7 +434,7 @@ class GroupRun(Generic[T]):
             if position is None:
                 if slot is not None:
                     slot.give_back()
-                return True
+                return Fitness.FIT
             if not self._admission.has_queued:
                 self._wake_waiting()
             elif not self._workers_suffice():
@@ -393,14 +442,14 @@ class GroupRun(Generic[T]):
             call = self._start_call(position, scope, slot, now)
             now = await self._run_call(call, task)
             if call.spoiled_its_task:
-                return False
+                return Fitness.SPOILED
             if (
                 now - call.started >= SCOPE_IS_CHECKED_AFTER
                 or task.has_pending_cancellation()
                 or anyio.current_effective_deadline() != deadline
             ):
                 break
-        return True
+        return Fitness.FIT
 
     async def _wait_for(self, slot: Slot, scope: anyio.CancelScope) -> None:
         self._waiting.add(scope)
@@ -487,8 +536,7 @@ class GroupRun(Generic[T]):
         timeout = assignment.timeout_seconds
         late = timeout is not None and now >= call.started + timeout
         if (order := order_to_end(error, self._cancelled_class)) is not None:
-            self._order_to_end = self._order_to_end or order
-            self._stop_all(Stop(f"agent {assignment.agent_id!r} raised {type(order).__name__}", "interrupted"))
+            self._end_for(order, f"agent {assignment.agent_id!r}")
         elif (fatal := fatal_in(error)) is not None:
             self._fatal.append(fatal)
             text = f"Fatal: {error_text(fatal)}"
@@ -587,6 +635,14 @@ class GroupRun(Generic[T]):
         manager = self._settings.shutdown_manager
         return manager is not None and manager.is_shutting_down
 
+    def _end_for_callback(self, order: BaseException) -> None:
+        self._end_for(order, "a callback")
+
+    def _end_for(self, order: BaseException, who: str) -> None:
+        """Stop the group because of an order to end the program; it leaves the block, bare."""
+        self._orders_to_end.append(order)
+        self._stop_all(Stop(f"{who} raised {type(order).__name__}", "interrupted"))
+
     def _settle(self) -> None:
         """Give an outcome to everything that never started."""
         if len(self._order) == len(self._outcomes):
@@ -631,7 +687,7 @@ class GroupRun(Generic[T]):
     def _tell_progress(self) -> None:
         progress = self.progress
         if self._settings.progress_callback is not None:
-            call_quietly(self._settings.progress_callback, progress)
+            call_quietly(self._settings.progress_callback, progress, self._end_for_callback)
         if self._events.are_heard:
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,
@@ -660,10 +716,10 @@ class GroupRun(Generic[T]):
                 error=outcome.error,
             )
 
-    def _tell_suppressed(self, errors: BaseExceptionGroup[BaseException], raised: BaseException) -> None:
-        count = sum(1 for _ in leaves(errors))
-        if count > 1 and raised is not errors:
-            self._events.emit(PARALLEL_GROUP_SUPPRESSED, error=error_text(raised), exception_count=count)
+    def _tell_suppressed(self) -> None:
+        if len(self._orders_to_end) > 1:
+            first = error_text(self._orders_to_end[0])
+            self._events.emit(PARALLEL_GROUP_SUPPRESSED, error=first, exception_count=len(self._orders_to_end))
 
     def _tell_complete(self, status: str) -> None:
         self._events.emit(

@@ -104,10 +104,15 @@ def write_log(name: str, /, *, level: str | None = None, **fields: Any) -> None:
     logger.bind(**fields).log(level or _LEVELS[name], name)
 
 
-def call_quietly(function: Callable[[Any], object], value: object) -> None:
-    """Call a user's callback; what it raises is logged and goes no further, except an order to end the program."""
+def call_quietly(function: Callable[[Any], object], value: object, on_order: Callable[[BaseException], object]) -> None:
+    """Call a user's callback; what it raises is logged and goes no further.
+
+    An order to end the program is handed to *on_order*: raised in a task, it would leave asyncio's loop at once.
+    """
     try:
         function(value)
+    except (KeyboardInterrupt, SystemExit) as order:
+        on_order(order)
     except (Exception, anyio.get_cancelled_exc_class()) as error:  # noqa: ASYNC103 - nothing was awaited: not a cancellation
         write_log(PARALLEL_OBSERVER_ERROR, error=error_text(error))
 
@@ -122,12 +127,20 @@ class GroupEvents:
         group_id: The group.
         observers: Who is told.
         started: The clock's time at the start of the group.
+        on_order: Takes an observer's order to end the program.
     """
 
-    def __init__(self, group_id: str, observers: Sequence[Observer], started: float) -> None:
+    def __init__(
+        self,
+        group_id: str,
+        observers: Sequence[Observer],
+        started: float,
+        on_order: Callable[[BaseException], object],
+    ) -> None:
         self._group_id = group_id
         self._observers = observers
         self._started = started
+        self._on_order = on_order
         self._logs_are_read = False
         self.are_heard = bool(observers)
 
@@ -171,4 +184,4 @@ class GroupEvents:
             fields=fields,
         )
         for observer in self._observers:
-            call_quietly(observer.on_event, event)
+            call_quietly(observer.on_event, event, self._on_order)
