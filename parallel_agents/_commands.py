@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import anyio
 import attrs
@@ -163,7 +163,7 @@ def run(
     if report_file is not None:
         code = max(code, _write_report(report_file, chosen, ending.result, backend))
     if not quiet and not (is_on_stdout and json_events):
-        _print_summary(ending.result, sys.stderr if is_on_stdout else sys.stdout)
+        print_summary(make_console(sys.stderr if is_on_stdout else sys.stdout), ending.result)
     return code
 
 
@@ -198,11 +198,10 @@ def check(
         table.add_row(
             id_text(assignment.agent_id), id_text(assignment.task_id), Text(timeout), Text(harmless(claims or "-", 200))
         )
-    with contextlib.suppress(BrokenPipeError):
-        console.print(table)
-        console.print()
-        opening = opening_text(group.group_id, len(group.assignments), group.max_concurrency)
-        console.print(Text(f"{opening}. The plan can be run; nothing was run"), soft_wrap=True)
+    console.print(table)
+    console.print()
+    opening = opening_text(group.group_id, len(group.assignments), group.max_concurrency)
+    console.print(Text(f"{opening}. The plan can be run; nothing was run"), soft_wrap=True)
     return SUCCEEDED
 
 
@@ -216,7 +215,7 @@ def show(report: Path, /) -> int:
         A file that `run --report` wrote.
     """
     result = serialization.read_report(report).result
-    _print_summary(result, sys.stdout)
+    print_summary(make_console(sys.stdout), result)
     return SUCCEEDED if result.all_succeeded else FAILED
 
 
@@ -271,11 +270,6 @@ def _write_report(file: ReportFile, plan: Plan, result: ParallelExecutionResult[
         _complain(f"the report could not be written: {_reason(error)}")
         return FAILED
     return SUCCEEDED
-
-
-def _print_summary(result: ParallelExecutionResult[Any], file: TextIO) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        print_summary(make_console(file), result)
 
 
 def _log_to_stderr(level: str) -> None:

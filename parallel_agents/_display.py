@@ -5,6 +5,7 @@ Everything that comes from outside (ids, errors, what programs print) goes throu
 files or signals.
 """
 
+import contextlib
 import sys
 import threading
 import time
@@ -52,6 +53,9 @@ STYLES: Final[Mapping[OutcomeStatus, str]] = {
     OutcomeStatus.SKIPPED: "dim",
     OutcomeStatus.PARKED: "blue",
 }
+
+_STATE_COLUMNS: Final = max(len(status) for status in OutcomeStatus)
+"""Wide enough for every state, so that the live display does not jump."""
 
 _INVISIBLE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Unicode categories that steer a terminal or cannot be seen: control, format, surrogate, unassigned, line ends."""
@@ -118,11 +122,18 @@ def opening_text(group_id: str, agent_count: int, max_concurrency: int | None) -
     return f"{harmless(group_id, ID_CHARACTERS)}: {_agents(agent_count)}, {_limit_text(max_concurrency)}"
 
 
+class _Console(Console):
+    """A console that falls silent when nobody reads it any more; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def make_console(file: TextIO) -> Console:
     """Return a console on *file*; on anything but a terminal lines are long and without colour."""
     is_terminal = file.isatty()
     width = None if is_terminal else PIPE_COLUMNS
-    return Console(file=file, width=width, force_terminal=is_terminal, markup=False, emoji=False, highlight=False)
+    return _Console(file=file, width=width, force_terminal=is_terminal, markup=False, emoji=False, highlight=False)
 
 
 def make_table(*columns: str) -> Table:
@@ -252,11 +263,9 @@ class LineDisplay(Display):
 
 
 def _write_line(file: TextIO, text: str) -> None:
-    try:
+    with contextlib.suppress(OSError):  # nobody reads any more; the agents and the report are worth more
         file.write(f"{text}\n")
         file.flush()
-    except OSError:  # nobody reads any more; the agents and the report are worth more than the progress
-        pass
 
 
 @frozen
@@ -276,7 +285,6 @@ class LiveDisplay(Display):
 
     Args:
         console: On a terminal.
-        live: Draws what ``render()`` returns; by default one that draws by itself.
     """
 
     def __init__(self, console: Console) -> None:
@@ -301,7 +309,8 @@ class LiveDisplay(Display):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):  # the terminal is gone; the agents' outcomes are not
+            self._live.stop()
 
     def on_event(self, event: ParallelEvent, /) -> None:
         """Take note of an agent that starts, and of the sums."""
@@ -321,7 +330,8 @@ class LiveDisplay(Display):
 
     def say(self, text: str) -> None:
         """Print a line above the live part."""
-        self._console.print(Text(text), soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._console.print(Text(text), soft_wrap=True)
 
     def render(self) -> RenderableType:
         """Return what is to be drawn now."""
@@ -331,26 +341,25 @@ class LiveDisplay(Display):
         if not sums:
             return ""
         room = max(1, min(LIVE_ROWS, self._console.height - 3))
-        rows = Table.grid(padding=(0, 2, 0, 0))
-        for _ in range(3):
-            rows.add_column(no_wrap=True, overflow="ellipsis")
-        rows.add_column(no_wrap=True, justify="right")
-        for row in reversed(ended[len(ended) - max(0, room - len(running)) :]):
-            rows.add_row(*_cells(row, row.seconds))
-        now = time.monotonic()
-        for row in running[:room]:
-            rows.add_row(*_cells(row, now - row.seconds))
+        shown = ended[max(0, len(ended) + len(running) - room) :] + running[:room]
         hidden = len(running) - room
         more = [Text(f"... and {hidden} more running", style="dim")] if hidden > 0 else []
-        return Group(_head(group_id, sums), rows, *more)
+        return Group(_head(group_id, sums), _rows(shown, time.monotonic()), *more)
 
 
-def _cells(row: _Row, seconds: float) -> tuple[Text, Text, Text, Text]:
-    if row.status is None:
-        state = Text("running", style="cyan")
-    else:
-        state = Text(status_text(row.status), style=STYLES[row.status])
-    return state, id_text(row.agent_id), id_text(row.task_id), Text(duration_text(seconds))
+def _rows(shown: Iterable[_Row], now: float) -> Table:
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    rows.add_column(no_wrap=True, min_width=_STATE_COLUMNS)
+    rows.add_column(no_wrap=True, overflow="ellipsis")
+    rows.add_column(no_wrap=True, overflow="ellipsis")
+    rows.add_column(no_wrap=True, justify="right")
+    for row in shown:
+        if row.status is None:
+            state, seconds = Text("running", style="cyan"), now - row.seconds
+        else:
+            state, seconds = Text(status_text(row.status), style=STYLES[row.status]), row.seconds
+        rows.add_row(state, id_text(row.agent_id), id_text(row.task_id), Text(duration_text(seconds)))
+    return rows
 
 
 def _head(group_id: str, sums: Mapping[str, Any]) -> Table:

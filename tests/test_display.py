@@ -325,7 +325,45 @@ def test_the_live_display_fills_its_rows_with_those_that_ended_last() -> None:
         display.on_outcome(succeeded(str(number)))
     display.on_event(progress(20, running=2, succeeded=18))
     agents = [line.split()[1] for line in drawn(display, console).splitlines()[1:]]
-    assert agents == ["agent-17", "agent-16", "agent-15", "agent-18", "agent-19"]
+    assert agents == ["agent-15", "agent-16", "agent-17", "agent-18", "agent-19"]
+
+
+def test_the_live_display_shows_all_of_a_small_group() -> None:
+    console = live_console()
+    display = LiveDisplay(console)
+    for name in "abcdef":
+        display.on_event(event(PARALLEL_AGENT_START, name))
+    for name in "abc":
+        display.on_outcome(succeeded(name))
+    display.on_event(progress(6, running=3, succeeded=3))
+    agents = [line.split()[1] for line in drawn(display, console).splitlines()[1:]]
+    assert agents == [f"agent-{name}" for name in "abcdef"]
+
+
+class Terminal(io.StringIO):
+    is_gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str, /) -> int:
+        if self.is_gone:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+def test_a_terminal_that_went_away_does_not_disturb_the_run() -> None:
+    terminal = Terminal()
+    with LiveDisplay(make_console(terminal)) as display:
+        terminal.is_gone = True
+        display.say("something")
+        display.on_outcome(succeeded())
+
+
+def test_a_console_that_nobody_reads_falls_silent() -> None:
+    console = make_console(NobodyReads())
+    console.print("x")
+    assert console.quiet
 
 
 def test_the_live_display_draws_and_leaves_nothing_behind_but_what_was_said() -> None:
@@ -341,10 +379,6 @@ def test_the_live_display_draws_and_leaves_nothing_behind_but_what_was_said() ->
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     coloured, plain = Terminal(), Terminal()
