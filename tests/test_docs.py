@@ -11,6 +11,7 @@ import pytest
 from programs import BACKENDS, ROOT, run_program
 
 from parallel_agents import events
+from parallel_agents.plan import load_plan
 
 DOCS = ROOT / "docs"
 PAGES = [
@@ -37,6 +38,16 @@ def test_the_program_of_a_page_prints_what_the_page_says(page: Path, backend: st
     program = tmp_path / f"{page.stem}.py"
     program.write_text("\n".join(blocks(page, "python")), "utf-8")
     assert run_program(program, backend, cwd=tmp_path) == "".join(blocks(page, "output"))
+
+
+def test_the_plan_of_the_page_about_plans_can_be_run(tmp_path: Path) -> None:
+    (plan,) = blocks(DOCS / "howto" / "plans.md", "toml")
+    (tmp_path / "plan.toml").write_text(plan, "utf-8")
+    (tmp_path / "src").mkdir()
+    for name in ("first", "second"):
+        (tmp_path / "src" / f"{name}.py").touch()
+    assignments = load_plan(tmp_path / "plan.toml").group.assignments
+    assert [a.task_id for a in assignments] == ["first", "check-first-1", "check-second-2"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
