@@ -54,17 +54,15 @@ class SchemaMaker:
             return {"enum": list(get_args(hint))}
         if kind in (Union, UnionType):
             return _any_of([self.of(option) for option in get_args(hint)])
-        if attrs.has(kind):
-            return self._reference(kind)
         if issubclass(kind, StrEnum):
             return {"enum": [member.value for member in kind]}
-        if issubclass(kind, PathLike):
+        if kind is PathLike:
             return {"type": "string"}
         if issubclass(kind, Mapping):
             return {"type": "object", **self._items("additionalProperties", get_args(hint)[1:])}
         if issubclass(kind, Sequence):
             return {"type": "array", **self._items("items", get_args(hint)[:1])}
-        raise TypeError(f"no schema for {hint}")
+        return self._reference(kind)
 
     def _items(self, keyword: str, hints: Sequence[Any]) -> Schema:
         return {keyword: self.of(hints[0])} if hints and hints[0] is not Any else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from ._checks import frozen_json, shown
 from ._errors import InvalidPlanError
-from .serialization import InvalidDataError, below, parse_json
+from .serialization import InvalidDataError, below, line, parse_json
 
 DEPTH_LIMIT = 32
 """Levels of tables and lists in a plan."""
@@ -58,11 +58,9 @@ def read_table(path: Path) -> dict[str, Any]:
         problems = (f"cannot be read: {error.strerror}",)
     except UnicodeDecodeError as error:
         problems = (f"not UTF-8: byte {error.start} cannot be read",)
-    except RecursionError:
-        problems = (_too_deep(),)
     except ValueError as error:
         problems = (str(error),)
-    raise InvalidPlanError([f"{path}: {problem}" for problem in problems])
+    raise InvalidPlanError([line(str(path), problem) for problem in problems])
 
 
 def toml_value(text: str) -> Any:
@@ -80,7 +78,7 @@ def refuse_unfit(table: dict[str, Any]) -> None:
     Raises:
         InvalidPlanError: With the place of each.
     """
-    problems = [f"{place}: {problem}" for place, problem in _unfit(table)]
+    problems = [line(*problem) for problem in _unfit(table)]
     if problems:
         raise InvalidPlanError(problems)
 

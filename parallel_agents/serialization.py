@@ -56,6 +56,9 @@ _REPR_CHARACTERS = 10_000
 _INTEGER_BITS = 2_000
 """Larger integers are no JSON: Python itself refuses to read back very long ones."""
 
+_LINE_CHARACTERS = 1000
+"""Characters of a problem that are told."""
+
 _STEP_CHARACTERS = 80
 """Longer keys are cut where a place is named."""
 
@@ -528,5 +531,6 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
 
 
 def line(place: str, message: str) -> str:
-    """Return a problem as one line."""
-    return f"{place}: {message}" if place else message
+    """Return a problem as one line, cut if it is very long."""
+    text = f"{place}: {message}" if place else message
+    return text if len(text) <= _LINE_CHARACTERS else f"{text[:_LINE_CHARACTERS]}..."
