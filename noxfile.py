@@ -112,7 +112,7 @@ def no_trio(session: nox.Session) -> None:
     """Run the tests where trio is not installed; its cases are skipped here and nowhere else."""
     _install_wheel(session, *(r for r in EXTRAS["cli"] if not r.startswith("trio")), *_group("tests"))
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
-    session.run("pytest", *session.posargs, env=SAFE_PATH)
+    session.run("pytest", "-rfE", *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[0], requires=["build"])
