@@ -8,17 +8,18 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias
 
 import anyio
 import attrs
 from attrs import frozen
 from cyclopts import App, CycloptsError, Parameter
 from loguru import logger
+from rich.console import Console
 from rich.text import Text
 
 from . import ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
@@ -71,7 +72,7 @@ app = App(
 )
 app.register_install_completion_command()
 
-Settings: TypeAlias = Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)]
+Overrides: TypeAlias = Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)]
 Tasks: TypeAlias = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
 Flag: TypeAlias = Annotated[bool, Parameter(negative="", show_default=False)]
 
@@ -86,14 +87,21 @@ def dispatch(argv: Sequence[str]) -> int:
     except CycloptsError as error:
         _complain(f"{error} See parallel-agents --help")
         return WRONG
-    except (InvalidPlanError, InvalidDataError, _CallError) as error:
+    except (InvalidPlanError, InvalidDataError) as error:
         _complain(str(error))
         return WRONG
+    except _CannotGoOnError as error:
+        _complain(str(error))
+        return error.code
     return code if isinstance(code, int) else SUCCEEDED
 
 
-class _CallError(Exception):
-    """A call that cannot be carried out; says why."""
+class _CannotGoOnError(Exception):
+    """A call that cannot be carried out any further: why, and the exit code."""
+
+    def __init__(self, problem: str, code: int = WRONG) -> None:
+        super().__init__(problem)
+        self.code = code
 
 
 def _complain(text: str) -> None:
@@ -110,7 +118,7 @@ def run(
     backend: Literal["asyncio", "trio"] = "asyncio",
     max_concurrency: int | None = None,
     fail_fast: bool | None = None,
-    settings: Settings = (),
+    settings: Overrides = (),
     report: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     only: Tasks = (),
     quiet: Flag = False,
@@ -121,32 +129,21 @@ def run(
 
     Progress goes to standard error, the table of outcomes to standard output.
 
-    Parameters
-    ----------
-    plan
-        A plan file: TOML, JSON or YAML.
-    backend
-        The event loop.
-    max_concurrency
-        The most agents at the same time; stands above the plan.
-    fail_fast
-        Whether the first failure stops the rest; stands above the plan.
-    settings
-        Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
-    report
-        Write the report to this file, as JSON; `-` is standard output, and then nothing else goes there.
-    only
-        Run this task only; may be repeated.
-    quiet
-        Show neither progress nor the table.
-    json_events
-        Write each event to standard error, as one line of JSON, instead of the progress.
-    log_level
-        Write the library's log to standard error, from this level on.
+    Args:
+        plan: A plan file: TOML, JSON or YAML.
+        backend: The event loop.
+        max_concurrency: The most agents at the same time; stands above the plan.
+        fail_fast: Whether the first failure stops the rest; stands above the plan.
+        settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
+        report: Write the report to this file, as JSON; `-` is standard output, and then nothing else goes there.
+        only: Run this task only; may be repeated.
+        quiet: Show neither progress nor the table.
+        json_events: Write each event to standard error, as one line of JSON, instead of the progress.
+        log_level: Write the library's log to standard error, from this level on.
     """
     chosen = _load(plan, settings, only, max_concurrency, fail_fast)
     if find_spec(backend) is None:
-        raise _CallError(f"{backend} is not installed: pip install 'parallel-agents[{backend}]'")
+        raise _CannotGoOnError(f"{backend} is not installed: pip install 'parallel-agents[{backend}]'")
     report_file = _report_file(report)
     if log_level is not None:
         _log_to_stderr(log_level)
@@ -163,7 +160,8 @@ def run(
     if report_file is not None:
         code = max(code, _write_report(report_file, chosen, ending.result, backend))
     if not quiet and not (is_on_stdout and json_events):
-        print_summary(make_console(sys.stderr if is_on_stdout else sys.stdout), ending.result)
+        with _printing(sys.stderr if is_on_stdout else sys.stdout) as console:
+            print_summary(console, ending.result)
     return code
 
 
@@ -173,24 +171,18 @@ def check(
     /,
     *,
     max_concurrency: int | None = None,
-    settings: Settings = (),
+    settings: Overrides = (),
     only: Tasks = (),
 ) -> int:
     """Tell all that is wrong with a plan, or what it would run. Nothing is run.
 
-    Parameters
-    ----------
-    plan
-        A plan file: TOML, JSON or YAML.
-    max_concurrency
-        The most agents at the same time; stands above the plan.
-    settings
-        Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
-    only
-        Check this task only; may be repeated.
+    Args:
+        plan: A plan file: TOML, JSON or YAML.
+        max_concurrency: The most agents at the same time; stands above the plan.
+        settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
+        only: Check this task only; may be repeated.
     """
     group = _load(plan, settings, only, max_concurrency, None).group
-    console = make_console(sys.stdout)
     table = make_table("agent", "task", "timeout", "claims")
     for assignment in group.assignments:
         timeout = "-" if assignment.timeout_seconds is None else f"{assignment.timeout_seconds:g} s"
@@ -198,10 +190,11 @@ def check(
         table.add_row(
             id_text(assignment.agent_id), id_text(assignment.task_id), Text(timeout), Text(harmless(claims or "-", 200))
         )
-    console.print(table)
-    console.print()
     opening = opening_text(group.group_id, len(group.assignments), group.max_concurrency)
-    console.print(Text(f"{opening}. The plan can be run; nothing was run"), soft_wrap=True)
+    with _printing(sys.stdout) as console:
+        console.print(table)
+        console.print()
+        console.print(Text(f"{opening}. The plan can be run; nothing was run"), soft_wrap=True)
     return SUCCEEDED
 
 
@@ -209,13 +202,12 @@ def check(
 def show(report: Path, /) -> int:
     """Show the report of an earlier run as a table, with the exit code of its outcomes.
 
-    Parameters
-    ----------
-    report
-        A file that `run --report` wrote.
+    Args:
+        report: A file that `run --report` wrote.
     """
     result = serialization.read_report(report).result
-    print_summary(make_console(sys.stdout), result)
+    with _printing(sys.stdout) as console:
+        print_summary(console, result)
     return SUCCEEDED if result.all_succeeded else FAILED
 
 
@@ -233,14 +225,14 @@ def _load(
         plan = attrs.evolve(plan, group=attrs.evolve(plan.group, **changes))
         refuse_overlaps(plan.group.assignments, ())
     except (ValueError, ParallelAgentsError) as error:
-        raise _CallError(str(error)) from error
+        raise _CannotGoOnError(str(error)) from error
     return plan
 
 
 def _split_setting(setting: str) -> tuple[str, str]:
     key, separator, value = setting.partition("=")
     if not separator or not key:
-        raise _CallError(f"--set needs key=value, got {setting!r}")
+        raise _CannotGoOnError(f"--set needs key=value, got {setting!r}")
     return key, value
 
 
@@ -248,11 +240,13 @@ def _report_file(path: str | None) -> ReportFile | None:
     if path is None:
         return None
     if path.startswith("-") and path != STDOUT:  # an option, where the path was forgotten
-        raise _CallError(f"--report needs a path or -, got {path!r}")
+        raise _CannotGoOnError(f"--report needs a path or -, got {path!r}")
     try:
         return ReportFile(path)
     except (OSError, ValueError) as error:
-        raise _CallError(f"the report cannot be written to {path!r}: {_reason(error)}; nothing was run") from error
+        raise _CannotGoOnError(
+            f"the report cannot be written to {path!r}: {_reason(error)}; nothing was run"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -270,6 +264,15 @@ def _write_report(file: ReportFile, plan: Plan, result: ParallelExecutionResult[
         _complain(f"the report could not be written: {_reason(error)}")
         return FAILED
     return SUCCEEDED
+
+
+@contextlib.contextmanager
+def _printing(file: TextIO) -> Iterator[Console]:
+    """Give a console on *file*; a reader that went away is no error, a full disk is."""
+    try:
+        yield make_console(file)
+    except OSError as error:
+        raise _CannotGoOnError(f"the table could not be printed: {_reason(error)}", FAILED) from error
 
 
 def _log_to_stderr(level: str) -> None:

@@ -281,7 +281,8 @@ class _Row:
 class LiveDisplay(Display):
     """Draws the sums, the agents that run and those that ended last, in place, several times a second.
 
-    It is drawn by a thread of its own, so that a terminal that stands still does not hold up the agents.
+    It is drawn by a thread of its own, so that a terminal that stands still does not hold up the agents. A terminal
+    that is gone is no error: the agents are not.
 
     Args:
         console: On a terminal.
@@ -303,13 +304,14 @@ class LiveDisplay(Display):
         )
 
     def __enter__(self) -> Self:
-        self._live.start()
+        with contextlib.suppress(OSError):
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone; the agents' outcomes are not
+        with contextlib.suppress(OSError):
             self._live.stop()
 
     def on_event(self, event: ParallelEvent, /) -> None:

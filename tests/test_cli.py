@@ -547,6 +547,21 @@ def test_a_reader_that_goes_away_changes_no_exit_code(work: Workplace, more: lis
     assert "Traceback" not in stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "command", [["run", "PLAN"], ["run", "PLAN", "--report", "-"], ["check", "PLAN"]], ids=" ".join
+)
+def test_a_full_disk_behind_standard_output_ends_with_1(work: Workplace, command: list[str]) -> None:
+    plan = work.plan(assignment("a"), engine="by_name")
+    with Path("/dev/full").open("w") as full:
+        process = work.start(*[plan if argument == "PLAN" else argument for argument in command], stdout=full)
+        with ended_after(process):
+            _, stderr = process.communicate()
+    assert process.returncode == 1
+    assert "No space left on device" in stderr
+    assert "Traceback" not in stderr
+
+
 def test_a_reader_of_stderr_that_goes_away_does_not_stop_the_run(work: Workplace) -> None:
     plan = work.plan(assignment("a"), assignment("ValueError"), engine="by_name")
     reader, writer = os.pipe()

@@ -358,6 +358,8 @@ def test_a_terminal_that_went_away_does_not_disturb_the_run() -> None:
         terminal.is_gone = True
         display.say("something")
         display.on_outcome(succeeded())
+    with LiveDisplay(make_console(terminal)):
+        pass
 
 
 def test_a_console_that_nobody_reads_falls_silent() -> None:
