@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import attrs
 
 from parallel_agents import serialization
-from parallel_agents._checks import not_blank
+from parallel_agents._checks import RULE, not_blank
 from parallel_agents._models import AgentIdentity, Task
 from parallel_agents._outcomes import ParallelExecutionResult
 from parallel_agents.engines.process import ProcessEngine
@@ -110,8 +110,12 @@ def _ruled(schema: Schema, attribute: "attrs.Attribute[Any]") -> Schema:
         return schema
     default = attribute.default
     shown = {"default": default} if isinstance(default, bool | int | float | str) and default != "" else {}
-    rules = {keyword: limit for rule in _rules(attribute.validator) for keyword, limit in rule.items()}
+    rules = {keyword: limit for rule in _rules(_check_of(attribute)) for keyword, limit in rule.items()}
     return {**schema, **rules, **shown}
+
+
+def _check_of(attribute: "attrs.Attribute[Any]") -> Any:
+    return attribute.validator or attribute.metadata.get(RULE)
 
 
 def _rules(validator: Any) -> Iterator[Schema]:

@@ -81,9 +81,7 @@ class AgentRunResult(Generic[T]):
     usage: Usage = field(default=NO_USAGE, metadata={RULE: is_a(Usage)})
     turns: int = field(default=0, metadata={RULE: integer(at_least=0)})
     duration_seconds: float = field(default=0.0, metadata={RULE: number(at_least=0)})
-    messages: tuple[ChatMessage, ...] = field(
-        default=(), converter=as_tuple, metadata={RULE: each_is_a(ChatMessage)}
-    )
+    messages: tuple[ChatMessage, ...] = field(default=(), converter=as_tuple, metadata={RULE: each_is_a(ChatMessage)})
 
     def __attrs_post_init__(self) -> None:
         is_plain = (
@@ -138,11 +136,12 @@ _STATUS_OF_REASON = dict.fromkeys(TerminationReason, OutcomeStatus.FAILED) | {
 
 
 def _status_of_its_result(outcome: "AgentOutcome[Any]") -> OutcomeStatus:
-    return OutcomeStatus.FAILED if outcome.result is None else _STATUS_OF_REASON[outcome.result.termination_reason]
+    result = outcome.result  # of any type: the rules are checked when all fields have their values
+    return _STATUS_OF_REASON[result.termination_reason] if isinstance(result, AgentRunResult) else OutcomeStatus.FAILED
 
 
 def _usage_of_its_result(outcome: "AgentOutcome[Any]") -> Usage:
-    return NO_USAGE if outcome.result is None else outcome.result.usage
+    return outcome.result.usage if isinstance(outcome.result, AgentRunResult) else NO_USAGE
 
 
 @frozen(kw_only=True)
