@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum, auto
+from pathlib import Path
 from typing import Self
 
 from attrs import field, frozen
@@ -56,32 +57,27 @@ class ResourceClaim:
             ValueError: For a blank path, one with a NUL character, and one whose symbolic links go round in circles.
         """
         text = os.fspath(path)
-        if not isinstance(text, str) or not text.strip() or "\0" in text:
-            raise ValueError(f"path must be text that is not blank and has no NUL in it, got {text!r}")
-        real = os.path.realpath(text)
+        if not text.strip() or "\0" in str(text):
+            raise ValueError(f"path must be text that is not blank and has no NUL in it, got {path!r}")
+        real = Path(os.path.realpath(text))
         try:
-            found = os.stat(real)
+            found = real.stat()
         except FileNotFoundError:
             found = None
         except OSError as error:
             raise ValueError(f"path {text!r} cannot be followed: {error.strerror}") from error
         if _ignores_case(real):
-            real = real.casefold()
+            real = Path(str(real).casefold())
         if found is not None and not stat.S_ISDIR(found.st_mode) and found.st_nlink > 1:
-            return cls(
-                resource=f"file:{found.st_dev}:{found.st_ino}", mode=mode, within=f"{_PATH}{os.path.dirname(real)}"
-            )
+            return cls(resource=f"file:{found.st_dev}:{found.st_ino}", mode=mode, within=f"{_PATH}{real.parent}")
         return cls(resource=f"{_PATH}{real}", mode=mode)
 
 
-def _ignores_case(real: str) -> bool:
+def _ignores_case(real: Path) -> bool:
     """Whether the nearest existing folder is found under another spelling of its name, too."""
-    folder = real
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    parent, name = os.path.split(folder)
-    other = os.path.join(parent, name.swapcase())
-    return other != folder and os.path.exists(other) and os.path.samefile(other, folder)
+    folder = next(candidate for candidate in (real, *real.parents) if candidate.is_dir())
+    other = folder.with_name(folder.name.swapcase()) if folder.name else folder
+    return other != folder and other.exists() and other.samefile(folder)
 
 
 def _folders_above(claim: ResourceClaim) -> Iterator[str]:

@@ -29,7 +29,7 @@ def drive(context: Context, function: Callable[[Any], Awaitable[Any]], argument:
         except GeneratorExit:
             run(coroutine.close)
             raise
-        except BaseException as error:  # not swallowed: the coroutine gets it, as it would from its own task
+        except BaseException as error:  # noqa: ASYNC103, BLE001 - the coroutine gets it, as from a task of its own
             step, sent = coroutine.throw, error
         else:
             step = coroutine.send
@@ -37,5 +37,3 @@ def drive(context: Context, function: Callable[[Any], Awaitable[Any]], argument:
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
-
-

@@ -105,4 +105,5 @@ def _as_engine(engine: AgentEngine | Callable[[AgentAssignment], Awaitable[Any]]
 
 
 def _is_async(callback: object) -> bool:
-    return inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(getattr(callback, "__call__", None))
+    called = callback if inspect.isroutine(callback) else getattr(type(callback), "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(called)

@@ -87,7 +87,7 @@ class HeldClaims:
             return None
         try:
             return lease.release()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a user's lock raises
             self._note(error)
             return None
 
@@ -96,7 +96,7 @@ class HeldClaims:
         try:
             with anyio.fail_after(RELEASE_SECONDS, shield=True):
                 await pending
-        except Exception as error:  # the agent's outcome stands all the same
+        except Exception as error:  # noqa: BLE001 - the agent's outcome stands all the same
             self._note(error)
 
     async def give_back_all(self) -> None:
@@ -135,7 +135,7 @@ class _PlainLease:
                 # each has its share of the time, so that one that hangs does not keep the others
                 with anyio.fail_after(RELEASE_SECONDS / len(self._attempted)):
                     await self._lock.release(resource, self._holder)
-            except Exception as error:  # tell later; the other locks must be tried too
+            except Exception as error:  # noqa: BLE001 - told later; the other locks must be tried too
                 error.add_note(f"while giving back {resource!r}")
                 errors.append(error)
         if errors:

@@ -128,7 +128,6 @@ class GroupRun(Generic[T]):
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
         self._is_watched = False
         self._context: Context = copy_context()
-        self._cancelled_class = anyio.get_cancelled_exc_class()
 
         self._tasks: TaskGroup
         self._workers = 0
@@ -193,8 +192,7 @@ class GroupRun(Generic[T]):
         if not self._admission.withdraw(position):
             return False
         self._record(position, self._unstarted(position, TASK_CANCELLED))
-        if not self._admission.has_queued:
-            self._wake_waiting()
+        self._call_or_dismiss_workers()
         return True
 
     def __aiter__(self) -> "OutcomeIterator[T]":
@@ -257,9 +255,9 @@ class GroupRun(Generic[T]):
                 self._spawn_worker()
                 try:
                     yield
-                except (self._cancelled_class, GeneratorExit):
+                except (anyio.get_cancelled_exc_class(), GeneratorExit):
                     raise
-                except BaseException as error:  # raised again below, bare: the task group would wrap it
+                except BaseException as error:  # noqa: BLE001 - raised again below, bare: the task group would wrap it
                     raised = error
                     self._stop_all(Stop(f"the block that opened the group raised {type(error).__name__}", "error"))
                 finally:
@@ -314,7 +312,9 @@ class GroupRun(Generic[T]):
         """Raise at the end of a group that nothing else ended."""
         if self._fatal:
             cause = self._fatal[0] if len(self._fatal) == 1 else ExceptionGroup("several agents", self._fatal)
-            error = ParallelExecutionError(f"Fatal error in group {self.group.group_id!r}: {error_text(cause)}", self.result)
+            error = ParallelExecutionError(
+                f"Fatal error in group {self.group.group_id!r}: {error_text(cause)}", self.result
+            )
             for problem in self._claims.errors:
                 error.add_note(f"A lock could not be given back: {error_text(problem)}")
             raise error from cause
@@ -333,7 +333,7 @@ class GroupRun(Generic[T]):
     def _status_after(self, error: BaseException) -> str:
         if isinstance(error, ResourceConflictError) and self._result is None:
             return "conflict"
-        if isinstance(error, self._cancelled_class):
+        if isinstance(error, anyio.get_cancelled_exc_class()):
             return "cancelled"
         return "error" if isinstance(error, Exception) else "interrupted"
 
@@ -390,9 +390,17 @@ class GroupRun(Generic[T]):
         """
         try:
             await anyio.lowlevel.checkpoint()
-        except self._cancelled_class:
+        except anyio.get_cancelled_exc_class():  # noqa: ASYNC103 - what is not raised was for this task alone
             if task.has_pending_cancellation():
                 raise
+
+    def _call_or_dismiss_workers(self) -> None:
+        """After an assignment was taken: start the next worker, or send those away for whom nothing is left."""
+        if not self._admission.has_queued:
+            for scope in self._waiting:
+                scope.cancel()
+        elif not self._workers_suffice():
+            self._spawn_worker()
 
     def _workers_suffice(self) -> bool:
         """Whether another worker would find nothing to do, or only wait beside one that waits for a slot already."""
@@ -412,10 +420,10 @@ class GroupRun(Generic[T]):
             if error is own_error:
                 raise
             return Fitness.HOLDS_A_SCOPE  # which is why this one could not be left
-        except self._cancelled_class:
+        except anyio.get_cancelled_exc_class():  # noqa: ASYNC103 - what is not raised was for this task alone
             if task.has_pending_cancellation():
                 raise
-            return Fitness.SPOILED  # natively cancelled, by somebody who found this task: it must harm nobody else
+            return Fitness.SPOILED  # noqa: ASYNC104 - natively cancelled, by somebody who found this task
         finally:
             own_error = None  # its traceback holds this frame
         return Fitness.FIT
@@ -426,8 +434,8 @@ class GroupRun(Generic[T]):
         limiter = self._settings.limiter
         now = anyio.current_time()
         while self._admission.has_queued:
-            slot = None
-            if limiter is not None and not (slot := Slot(limiter)).take_nowait():
+            slot = None if limiter is None else Slot(limiter)
+            if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
                 now = anyio.current_time()
             position = self._admission.take()
@@ -435,10 +443,7 @@ class GroupRun(Generic[T]):
                 if slot is not None:
                     slot.give_back()
                 return Fitness.FIT
-            if not self._admission.has_queued:
-                self._wake_waiting()
-            elif not self._workers_suffice():
-                self._spawn_worker()
+            self._call_or_dismiss_workers()
             call = self._start_call(position, scope, slot, now)
             now = await self._run_call(call, task)
             if call.spoiled_its_task:
@@ -457,11 +462,6 @@ class GroupRun(Generic[T]):
             await slot.take()
         finally:
             self._waiting.discard(scope)
-
-    def _wake_waiting(self) -> None:
-        """Send away the workers that wait for a slot although nothing is left to start."""
-        for scope in self._waiting:
-            scope.cancel()
 
     # One engine call
 
@@ -483,12 +483,12 @@ class GroupRun(Generic[T]):
         cancelled: BaseException | None = None
         try:
             value = await drive(context, self._settings.engine.run, call.assignment)
-        except BaseException as error:  # noqa: ASYNC103 - raised again below if it is a cancellation asked for
+        except BaseException as error:  # noqa: ASYNC103, BLE001 - raised again below if it is a cancellation asked for
             now = anyio.current_time()
             del self._running[call.position]
             pending = task.has_pending_cancellation()
             outcome = self._outcome_of_error(call, error, now, pending)
-            if pending and is_cancellation(error, self._cancelled_class):
+            if pending and is_cancellation(error, anyio.get_cancelled_exc_class()):
                 cancelled = error
         else:
             now = anyio.current_time()
@@ -512,14 +512,14 @@ class GroupRun(Generic[T]):
         assignment = call.assignment
         if type(value) is not AgentRunResult:
             error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
-            return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, None, call.usage)
+            return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=call.usage)
         usage = value.usage if call.usage is NO_USAGE else _larger(value.usage, call.usage)
         if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
             error = (
                 f"The engine returned the result of task {value.task_id!r} and agent {value.agent_id!r} "
                 f"for task {assignment.task_id!r} and agent {assignment.agent_id!r}"
             )
-            return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, None, usage)
+            return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=usage)
         return AgentOutcome(
             task_id=value.task_id,
             agent_id=value.agent_id,
@@ -535,16 +535,16 @@ class GroupRun(Generic[T]):
         status, text = OutcomeStatus.FAILED, error_text(error)
         timeout = assignment.timeout_seconds
         late = timeout is not None and now >= call.started + timeout
-        if (order := order_to_end(error, self._cancelled_class)) is not None:
+        if (order := order_to_end(error, anyio.get_cancelled_exc_class())) is not None:
             self._end_for(order, f"agent {assignment.agent_id!r}")
         elif (fatal := fatal_in(error)) is not None:
             self._fatal.append(fatal)
             text = f"Fatal: {error_text(fatal)}"
         elif call.stop is None and late:
-            status, text = OutcomeStatus.TIMED_OUT, _timeout_text(assignment, error, self._cancelled_class)
-        elif is_cancellation(error, self._cancelled_class):
+            status, text = OutcomeStatus.TIMED_OUT, _timeout_text(assignment, error, anyio.get_cancelled_exc_class())
+        elif is_cancellation(error, anyio.get_cancelled_exc_class()):
             status, text = OutcomeStatus.CANCELLED, self._cancellation_text(call, now, pending)
-        return self._unsuccessful(call, now, status, text, error, call.usage)
+        return self._unsuccessful(call, now, status, text, usage=call.usage, exception=error)
 
     def _cancellation_text(self, call: EngineCall, now: float, pending: bool) -> str:
         if call.stop is not None:
@@ -564,8 +564,9 @@ class GroupRun(Generic[T]):
         now: float,
         status: OutcomeStatus,
         error: str,
-        exception: BaseException | None,
+        *,
         usage: Usage,
+        exception: BaseException | None = None,
     ) -> AgentOutcome[T]:
         return AgentOutcome(
             task_id=call.assignment.task_id,
@@ -618,7 +619,7 @@ class GroupRun(Generic[T]):
         if self._stopped is None:
             self._stopped = stop
         self._admission.close()
-        self._wake_waiting()
+        self._call_or_dismiss_workers()
 
     def begin_shutdown(self, grace_seconds: float) -> None:
         """Start nothing more; cancel what still runs when the grace period is over. Never waits."""

@@ -1,4 +1,7 @@
-"""Shutdown: nothing new starts, what runs may finish in time, then clean-up. Knows no executor: runs attach themselves."""
+"""Shutdown: nothing new starts, what runs may finish in time, then clean-up.
+
+Knows no executor: runs attach themselves.
+"""
 
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -194,7 +197,7 @@ async def _ran_without_error(callback: Cleanup) -> bool:
         ended = callback()
         if isinstance(ended, Awaitable):
             await ended
-    except Exception as error:  # one that fails does not stop the next; the result says that not all went well
+    except Exception as error:  # noqa: BLE001 - one that fails does not stop the next; the result says that not all went well
         write_log(PARALLEL_OBSERVER_ERROR, error=error_text(error))
         return False
     return True

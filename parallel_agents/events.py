@@ -37,7 +37,7 @@ PARALLEL_PROGRESS_UPDATE: Final = "execution.parallel.progress_update"
 PARALLEL_VALIDATION_ERROR: Final = "execution.parallel.validation_error"
 """Warning: ``group_id``, ``error``."""
 PARALLEL_GROUP_SUPPRESSED: Final = "execution.parallel.group_suppressed"
-"""Warning, when several exceptions end a group and one of them is raised: ``group_id``, ``error``, ``exception_count``."""
+"""Warning, when several exceptions end a group and one is raised: ``group_id``, ``error``, ``exception_count``."""
 PARALLEL_OBSERVER_ERROR: Final = "execution.parallel.observer_error"
 """Warning, when a callback or an observer raised: ``error``."""
 
@@ -90,11 +90,11 @@ class Observer(Protocol):
 
 
 def error_text(error: BaseException) -> str:
-    """Return ``<TypeName>: <message>``, or ``<TypeName> (no message)``; for an exception that cannot even say that, its type."""
+    """Return ``<TypeName>: <message>``, or ``<TypeName> (no message)``; only its type where it cannot be written."""
     name = type(error).__name__
     try:
         message = str(error)
-    except Exception:  # an agent's own __str__ failed; its outcome must be written all the same
+    except Exception:  # noqa: BLE001 - an agent's own __str__ failed; its outcome must be written all the same
         return f"{name} (its message cannot be read)"
     return f"{name}: {message}" if message.strip() else f"{name} (no message)"
 
@@ -113,7 +113,7 @@ def call_quietly(function: Callable[[Any], object], value: object, on_order: Cal
         function(value)
     except (KeyboardInterrupt, SystemExit) as order:
         on_order(order)
-    except (Exception, anyio.get_cancelled_exc_class()) as error:  # noqa: ASYNC103 - nothing was awaited: not a cancellation
+    except (Exception, anyio.get_cancelled_exc_class()) as error:  # noqa: ASYNC103, BLE001 - nothing was awaited
         write_log(PARALLEL_OBSERVER_ERROR, error=error_text(error))
 
 

@@ -12,14 +12,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
-import trio
-import trio.testing
+import pytest
 
 Step = Callable[[int], None]
 """Called before each step of the scheduler, with its number, from 1."""
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """Nothing is ready, and no timer will ever make anything ready."""
 
 
@@ -55,7 +54,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if events or timeout == 0:
             return events
         if timeout is None:
-            raise Deadlock
+            raise DeadlockError
         self.loop.now += timeout
         return []
 
@@ -78,27 +77,26 @@ class SteppingLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
-class _StepInstrument(trio.abc.Instrument):
-    def __init__(self, on_step: Step) -> None:
-        self.on_step = on_step
-        self.step = 0
+def _trio_options(seed: int | None, on_step: Step) -> dict[str, Any]:
+    trio = pytest.importorskip("trio")
 
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if task.name.startswith("<Init>") or "trio._core" in task.name:
-            return
-        self.step += 1
-        self.on_step(self.step)
+    class StepInstrument(trio.abc.Instrument):  # type: ignore[misc, name-defined]
+        step = 0
+
+        def before_task_step(self, task: Any) -> None:
+            if not task.name.startswith(("<Init>", "trio._core")):
+                self.step += 1
+                on_step(self.step)
+
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    trio._core._run._r.seed(seed or 0)
+    return {"instruments": [StepInstrument()], "clock": trio.testing.MockClock(autojump_threshold=0)}
 
 
 def run(backend: str, program: Callable[[], Awaitable[Any]], *, seed: int | None, on_step: Step) -> Any:
-    """Run *program* on *backend* in an order that depends on *seed* alone; ``None`` keeps the backend's own order."""
+    """Run *program* on *backend* in an order that depends on *seed* alone; ``None`` keeps asyncio's own order."""
     if backend == "trio":
-        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
-        trio._core._run._r.seed(seed or 0)
-        options = {
-            "instruments": [_StepInstrument(on_step)],
-            "clock": trio.testing.MockClock(autojump_threshold=0),
-        }
+        options = _trio_options(seed, on_step)
     else:
         options = {"loop_factory": lambda: SteppingLoop(seed, on_step)}
-    return anyio.run(program, backend=backend, backend_options=options)  # type: ignore[arg-type]
+    return anyio.run(program, backend=backend, backend_options=options)

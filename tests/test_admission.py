@@ -8,7 +8,10 @@ from parallel_agents._admission import Admission
 
 requests = st.lists(
     st.one_of(
-        st.just(("take", 0)), st.just(("take", 0)), st.just(("finish", 0)), st.tuples(st.just("withdraw"), st.integers(0, 12))
+        st.just(("take", 0)),
+        st.just(("take", 0)),
+        st.just(("finish", 0)),
+        st.tuples(st.just("withdraw"), st.integers(0, 12)),
     ),
     max_size=60,
 )

@@ -6,11 +6,13 @@ agent too many. Scenarios have equal delays everywhere, so that much happens in 
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
+import stepping
 from attrs import define, field
 
 from parallel_agents import (
@@ -25,8 +27,6 @@ from parallel_agents import (
     Task,
 )
 from parallel_agents._run import GroupRun
-
-stepping = pytest.importorskip("tests.stepping" if __package__ else "stepping", reason="steps trio's scheduler")
 
 Behaviour = Callable[[AgentAssignment], Awaitable[object]]
 
@@ -227,7 +227,7 @@ def check_truth(scenario: Scenario, outcome: AgentOutcome[Any]) -> None:
 def check_progress(snapshots: list[ParallelProgress]) -> None:
     assert snapshots[0].pending == snapshots[0].total
     assert snapshots[-1].completed == snapshots[-1].total
-    for before, after in zip(snapshots, snapshots[1:], strict=False):
+    for before, after in pairwise(snapshots):
         for counter in ("completed", "succeeded", "failed", "parked"):
             assert getattr(before, counter) <= getattr(after, counter)
 
@@ -257,9 +257,7 @@ def test_nothing_is_left_undone_when_the_caller_is_cancelled_at_any_step(
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_no_agent_starts_after_the_first_failure_in_any_order_of_events(backend: str) -> None:
     for seed in range(100):
-        scenario = Scenario(
-            (sleeps_one_second, fails_after_one_second) * 4, {"max_concurrency": 2, "fail_fast": True}
-        )
+        scenario = Scenario((sleeps_one_second, fails_after_one_second) * 4, {"max_concurrency": 2, "fail_fast": True})
         run_scenario(backend, scenario, Injection(None), "scope", seed)
         assert len(scenario.started) == scenario.failed_at[0]
 

@@ -1,6 +1,7 @@
 """Cancellation, timeouts, orders to end the program, and agents that spoil the task they ran in."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import anyio
@@ -208,6 +209,7 @@ async def test_a_timeout_cancels_the_agent_waits_for_its_cleanup_and_says_so() -
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.sleep(0.5)
+        raise AssertionError
 
     group = group_of(2, each={"timeout_seconds": 2.5})
     late, in_time = (await ParallelExecutor(engine=agent).execute_group(group)).outcomes
@@ -249,7 +251,9 @@ async def test_an_agent_that_blocked_past_its_time_and_then_raised_was_late_on_b
         raise ValueError("too late")
 
     monkeypatch.setattr(anyio, "current_time", lambda: real() + ahead)
-    (outcome,) = (await ParallelExecutor(engine=agent).execute_group(group_of(1, each={"timeout_seconds": 60}))).outcomes
+    (outcome,) = (
+        await ParallelExecutor(engine=agent).execute_group(group_of(1, each={"timeout_seconds": 60}))
+    ).outcomes
     assert outcome.status is OutcomeStatus.TIMED_OUT
     assert outcome.error == "Timed out after 60 s, then raised ValueError: too late"
 
@@ -330,10 +334,8 @@ async def test_a_native_cancel_of_its_own_task_is_one_outcome(then: str, limit: 
             if then == "await":
                 await asyncio.sleep(0)
             if then == "swallow":
-                try:
+                with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(0)
-                except asyncio.CancelledError:
-                    pass
             return "spoiled"
         await asyncio.sleep(0)
         return "fine"
@@ -360,9 +362,7 @@ async def test_a_native_cancel_of_a_worker_that_waits_for_a_slot_harms_nobody() 
             while not limiter.statistics().tasks_waiting:
                 await anyio.lowlevel.checkpoint()
             (waiting,) = (
-                task
-                for task in asyncio.all_tasks() - {*workers, asyncio.current_task()}
-                if "worker" in task.get_name()
+                task for task in asyncio.all_tasks() - {*workers, asyncio.current_task()} if "worker" in task.get_name()
             )
             waiting.cancel()
             for _ in range(5):

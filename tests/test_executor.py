@@ -86,15 +86,15 @@ async def test_an_exception_group_of_an_agents_own_tasks_is_one_ordinary_failure
 
 
 async def test_an_exception_that_cannot_be_written_is_an_outcome_all_the_same() -> None:
-    class Unspeakable(Exception):
+    class UnspeakableError(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no")
 
     async def agent(task: AgentAssignment) -> None:
-        raise Unspeakable if task.task_id == "t0" else ValueError
+        raise UnspeakableError if task.task_id == "t0" else ValueError
 
     result = await run(agent, group_of(2))
-    assert result.outcomes[0].error == "Unspeakable (its message cannot be read)"
+    assert result.outcomes[0].error == "UnspeakableError (its message cannot be read)"
     assert result.outcomes[1].error == "ValueError (no message)"
 
 
@@ -103,7 +103,7 @@ async def test_a_returned_failure_counts_as_one_and_trips_fail_fast() -> None:
     async def agent(task: AgentAssignment) -> Any:
         if task.task_id == "t0":
             return result_for(task, TerminationReason.MAX_TURNS)
-        await anyio.sleep_forever()
+        return await anyio.sleep_forever()
 
     result = await run(agent, group_of(3, fail_fast=True, max_concurrency=2))
     assert [o.status for o in result.outcomes] == [OutcomeStatus.FAILED] + [OutcomeStatus.CANCELLED] * 2
@@ -151,7 +151,9 @@ async def test_without_fail_fast_nothing_is_cancelled_because_of_a_sibling() -> 
 
 
 @pytest.mark.proves("X5")
-@pytest.mark.parametrize(("limit", "tokens", "peak"), [(3, None, 3), (None, 2, 2), (4, 2, 2), (2, 4, 2), (None, None, 9)])
+@pytest.mark.parametrize(
+    ("limit", "tokens", "peak"), [(3, None, 3), (None, 2, 2), (4, 2, 2), (2, 4, 2), (None, None, 9)]
+)
 async def test_no_more_run_at_once_than_the_group_and_the_limiter_allow(
     limit: int | None, tokens: int | None, peak: int
 ) -> None:
@@ -465,5 +467,3 @@ async def test_a_group_of_many_makes_as_many_tasks_as_may_run() -> None:
     result = await run(agent, group_of(2_000, max_concurrency=20))
     assert result.all_succeeded
     assert len(tasks) == 20
-
-

@@ -9,7 +9,14 @@ from anyio import wait_all_tasks_blocked
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_agents import ClaimLock, ClaimMode, InMemoryResourceLock, ResourceClaim, ResourceConflictError, ResourceLock
+from parallel_agents import (
+    ClaimLock,
+    ClaimMode,
+    InMemoryResourceLock,
+    ResourceClaim,
+    ResourceConflictError,
+    ResourceLock,
+)
 from parallel_agents._claims import find_overlap
 
 SHARED = ClaimMode.SHARED
@@ -180,7 +187,7 @@ async def test_one_that_is_cancelled_while_it_waits_holds_nothing_and_holds_up_n
             scope.cancel()
             await got.wait()
         held.release()
-    assert lock.statistics().held == lock.statistics().waiting == ()
+    assert (lock.statistics().held, lock.statistics().waiting) == ((), ())
 
 
 @pytest.mark.anyio
@@ -251,7 +258,7 @@ async def test_whatever_is_asked_no_two_hold_what_overlaps_and_nothing_is_left(
             for number, (wanted, mode, steps, cancel) in enumerate(wishes):
                 tasks.start_soon(maybe_cancelled, str(number), claims(*wanted, mode=mode), steps, cancel)
     assert {str(n) for n, wish in enumerate(wishes) if not wish[3]} <= set(served)
-    assert lock.statistics().held == lock.statistics().waiting == ()
+    assert (lock.statistics().held, lock.statistics().waiting) == ((), ())
     assert not lock._index
     assert not lock._wanted
     assert not lock._leases

@@ -58,13 +58,13 @@ class Lease(Protocol):
     """
 
     @property
-    def claims(self) -> tuple[ResourceClaim, ...]: ...  # noqa: D102 - told above
+    def claims(self) -> tuple[ResourceClaim, ...]: ...
     @property
-    def holder(self) -> str: ...  # noqa: D102
+    def holder(self) -> str: ...
     @property
-    def fencing_token(self) -> int: ...  # noqa: D102
+    def fencing_token(self) -> int: ...
     @property
-    def lost(self) -> Lost: ...  # noqa: D102
+    def lost(self) -> Lost: ...
 
     def release(self) -> Awaitable[None] | None:
         """Give everything back; may be repeated.

@@ -129,9 +129,7 @@ class InMemoryResourceLock:
         for lease in leases:
             self._end(lease, (resource,))
         if not leases and (current := self._index.in_the_way_of(claim, holder)) is not None:
-            write_log(
-                PARALLEL_LOCK_CONFLICT, level="WARNING", resource=resource, holder=holder, current_holder=current
-            )
+            write_log(PARALLEL_LOCK_CONFLICT, level="WARNING", resource=resource, holder=holder, current_holder=current)
 
     async def release_all(self, holder: str) -> int:
         """Give back all that *holder* has; not a checkpoint. See ``ResourceLock.release_all()``."""
@@ -259,5 +257,5 @@ class InMemoryResourceLock:
 
 
 def _refuse_blank(holder: str) -> None:
-    if not isinstance(holder, str) or not holder.strip():
+    if not holder.strip():
         raise ValueError(f"holder must not be blank, got {holder!r}")
