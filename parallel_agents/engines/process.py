@@ -40,9 +40,6 @@ _POLL_SECONDS = 0.02
 """How often a program's exit is looked for where the system cannot announce it."""
 
 _READ_BYTES = 65536
-_READS_AFTER_THE_END = 16
-"""Last reads of a pipe, when its writers have been killed: as much as Linux lets a pipe hold, 1 MiB."""
-
 _STDERR_LINES = 20
 _STDERR_CHARACTERS = 2000
 _JSON_LEVELS = 100
@@ -340,34 +337,27 @@ class _Pipe:
         os.set_blocking(stream.fileno(), False)
         self._stream = stream
         self._take = take
-        self._ended = False
+        self.ended = False
         self.last_read_at = anyio.current_time()
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
 
     async def drain(self) -> None:
         """Read to the end. Cancelling loses nothing: what is not read yet stays in the pipe."""
-        while not self._ended:
+        while not self.ended:
             await anyio.wait_readable(self._stream.fileno())
             self.read()
 
-    def read(self) -> bool:
-        """Read once without waiting; return whether there was something."""
-        data = b""
-        with suppress(BlockingIOError):
+    def read(self) -> None:
+        """Read once, without waiting."""
+        try:
             data = os.read(self._stream.fileno(), _READ_BYTES)
-            self._ended = not data
+        except BlockingIOError:
+            return
+        self.ended = not data
         if data:
             self.last_read_at = anyio.current_time()
             self._take(data)
-        return bool(data)
 
     def close(self) -> None:
-        for _ in range(_READS_AFTER_THE_END):
-            if not self.read():
-                break
         self._stream.close()
 
 
