@@ -106,6 +106,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def hold_up_the_loop_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.005)
+
+
 async def gone(pid: int) -> None:
     """Wait for a killed grandchild to disappear; whoever adopted it reaps it in its own time."""
     with anyio.fail_after(WAIT_SECONDS):
@@ -651,16 +656,16 @@ async def test_output_that_waited_because_the_event_loop_was_held_up_is_no_silen
         "while not os.path.exists('end'): time.sleep(0.005)"
     )
 
-    async def hold_up_the_loop() -> None:
+    async def blocks_when_it_is_ready() -> None:
         await line_in(tmp_path / "ready")()
-        while not (tmp_path / "printed").exists():
-            time.sleep(0.005)
-        time.sleep(1.6)
+        hold_up_the_loop_until((tmp_path / "printed").exists)
+        long_enough = time.monotonic() + 1.6
+        hold_up_the_loop_until(lambda: time.monotonic() > long_enough)
         await anyio.wait_all_tasks_blocked()
         (tmp_path / "end").touch()
 
     async with anyio.create_task_group() as group:
-        group.start_soon(hold_up_the_loop)
+        group.start_soon(blocks_when_it_is_ready)
         result = await run(python(code, cwd=tmp_path, idle_timeout_seconds=1.5))
         assert result.error_message is None
         assert result.output == "in time\n"
@@ -770,15 +775,14 @@ async def test_output_written_just_before_the_end_is_read_even_if_the_time_for_i
     pids, go = tmp_path / "pids", tmp_path / "pids.go"
     before = own_children()
 
-    async def hold_up_the_loop_until_the_parent_has_exited() -> None:
+    async def blocks_until_the_parent_has_exited() -> None:
         await line_in(pids)()
         (parent,) = own_children() - before
         go.touch()
-        while is_alive(parent):
-            time.sleep(0.005)
+        hold_up_the_loop_until(lambda: not is_alive(parent))
 
     async with anyio.create_task_group() as group:
-        group.start_soon(hold_up_the_loop_until_the_parent_has_exited)
+        group.start_soon(blocks_until_the_parent_has_exited)
         result = await run(family("exits when told", pids, grace=0))
         assert result.output == "parent is ready\n"
     await gone(int(pids.read_text()))
