@@ -37,7 +37,7 @@ def test_each_position_starts_at_most_once_in_order_and_within_the_limit(
             got = admission.take()
             if queued and (limit is None or running < limit):
                 assert got == min(queued)
-                taken.append(got)
+                taken.append(min(queued))
                 running += 1
             else:
                 assert got is None

@@ -93,10 +93,12 @@ async def test_an_order_to_end_from_a_callback_leaves_the_group_bare_too() -> No
 
 @pytest.mark.proves("X7")
 async def test_an_order_to_end_in_the_block_of_an_open_group_leaves_it_bare() -> None:
+    runs = []
     with pytest.raises(KeyboardInterrupt, match="block"):
         async with ParallelExecutor(engine=lambda task: anyio.sleep_forever()).open_group(group_of(2)) as open_run:
+            runs.append(open_run)
             raise KeyboardInterrupt("block")
-    assert [o.status for o in open_run.result.outcomes] == [OutcomeStatus.CANCELLED] * 2
+    assert [o.status for o in runs[0].result.outcomes] == [OutcomeStatus.CANCELLED] * 2
 
 
 @pytest.mark.proves("X8", "X11")

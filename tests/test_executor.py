@@ -433,11 +433,13 @@ async def test_an_exception_in_the_block_cancels_the_agents_and_leaves_as_it_is(
         await anyio.sleep_forever()
 
     error = ValueError("mine")
+    runs = []
     with anyio.fail_after(5), pytest.raises(ValueError, match="mine") as caught:
         async with ParallelExecutor(engine=agent).open_group(group_of(2)) as run_:
+            runs.append(run_)
             raise error
     assert caught.value is error
-    assert [o.status for o in run_.result.outcomes] == [OutcomeStatus.CANCELLED] * 2
+    assert [o.status for o in runs[0].result.outcomes] == [OutcomeStatus.CANCELLED] * 2
 
 
 def test_the_executor_refuses_what_is_no_engine_and_callbacks_nobody_would_await() -> None:
