@@ -480,32 +480,23 @@ class GroupRun(Generic[T]):
         """Run one engine call to its outcome; return the time at its end."""
         context = self._context.copy()
         context.run(_current.set, call)
-        cancelled: BaseException | None = None
         try:
             value = await drive(context, self._settings.engine.run, call.assignment)
-        except BaseException as error:  # noqa: ASYNC103, BLE001 - raised again below if it is a cancellation asked for
+        except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
             now = anyio.current_time()
             del self._running[call.position]
-            pending = task.has_pending_cancellation()
-            outcome = self._outcome_of_error(call, error, now, pending)
-            if pending and is_cancellation(error, anyio.get_cancelled_exc_class()):
-                cancelled = error
+            outcome = self._outcome_of_error(call, error, now, pending=task.has_pending_cancellation())
         else:
             now = anyio.current_time()
             del self._running[call.position]
             outcome = self._outcome_of_value(call, value, now)
-        try:
-            if call.scope.deadline != math.inf and not call.scope.cancel_called:
-                call.scope.deadline = math.inf
-            if call.slot is not None:
-                call.slot.give_back()
-            if self._claims.leases and (still_held := self._claims.give_back(call.position)) is not None:
-                await self._claims.finish(still_held)
-            self._end_call(call, outcome)
-            if cancelled is not None:
-                raise cancelled
-        finally:
-            cancelled = None  # its traceback holds this frame
+        if call.scope.deadline != math.inf and not call.scope.cancel_called:
+            call.scope.deadline = math.inf
+        if call.slot is not None:
+            call.slot.give_back()
+        if self._claims.leases and (still_held := self._claims.give_back(call.position)) is not None:
+            await self._claims.finish(still_held)
+        self._end_call(call, outcome)
         return now
 
     def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:

@@ -373,6 +373,27 @@ async def test_a_native_cancel_of_a_worker_that_waits_for_a_slot_harms_nobody() 
     assert open_run.result.all_succeeded
 
 
+@pytest.mark.proves("X9", "X18")
+@pytest.mark.parametrize("anyio_backend", [pytest.param("asyncio", id="asyncio")], indirect=True)
+async def test_an_agent_does_not_inherit_the_cancellation_request_of_the_one_before_it() -> None:
+    async def fail() -> None:
+        raise ValueError
+
+    async def agent(task: AgentAssignment) -> None:
+        own = asyncio.current_task()
+        assert own is not None
+        if task.task_id == "t0":
+            own.cancel()
+            await asyncio.sleep(0)
+        assert own.cancelling() == 0
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fail())
+
+    first, second = (await run(agent, group_of(2, max_concurrency=1))).outcomes
+    assert first.status is OutcomeStatus.CANCELLED
+    assert second.error == "ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception)"
+
+
 async def test_a_group_can_hold_every_kind_of_ending_at_once() -> None:
     async def agent(task: AgentAssignment) -> str:
         if task.task_id == "t0":

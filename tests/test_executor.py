@@ -199,6 +199,21 @@ async def test_groups_and_executors_that_share_a_limiter_share_its_bound() -> No
     assert limiter.borrowed_tokens == 0
 
 
+@pytest.mark.proves("X5")
+async def test_a_group_ends_although_a_stranger_keeps_the_rest_of_the_limiter() -> None:
+    limiter = anyio.CapacityLimiter(2)
+    limiter.acquire_on_behalf_of_nowait("stranger")
+
+    async def agent(task: AgentAssignment) -> None:
+        while not limiter.statistics().tasks_waiting and task.task_id == "t0":
+            await anyio.lowlevel.checkpoint()
+
+    result = await run(agent, group_of(3), limiter=limiter)
+    assert result.all_succeeded
+    assert limiter.statistics().borrowers == ("stranger",)
+    assert limiter.statistics().tasks_waiting == 0
+
+
 @pytest.mark.proves("X6")
 @pytest.mark.parametrize("kind", [MemoryError, RecursionError])
 async def test_a_fatal_error_lets_the_siblings_finish_and_is_then_raised_with_the_complete_result(
