@@ -120,6 +120,8 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path, limit: int) -> str:
+    if "\0" in str(path):
+        raise ValueError("no file has a NUL character in its name")
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise ValueError("is a folder, not a plan")

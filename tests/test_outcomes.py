@@ -284,6 +284,7 @@ def test_progress_knows_what_has_not_started() -> None:
 
 # Errors
 
+WAY_OUT = "Let them claim different resources, or run one after the other"
 ERRORS: list[tuple[ParallelAgentsError, dict[str, Any], str]] = [
     (
         ParallelExecutionError("Out of memory", VALID["execution"]),
@@ -293,7 +294,7 @@ ERRORS: list[tuple[ParallelAgentsError, dict[str, Any], str]] = [
     (
         ResourceConflictError("db", "a1", "a2"),
         {"resource": "db", "holder": "a1", "claimant": "a2"},
-        "Resource 'db' is claimed by 'a2' but held by 'a1'. Let them claim different resources, or run one after the other",
+        "Resource 'db' is claimed by 'a2' but held by 'a1'. " + WAY_OUT,
     ),
     (AgentFailedError(a_failure()), {"outcome": a_failure()}, "Agent 'a' on task 't' failed: E: x"),
     (ShutdownInProgressError(), {}, "Shutdown in progress. Make a new ShutdownManager to run more"),

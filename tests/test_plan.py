@@ -251,7 +251,7 @@ def test_a_file_name_with_braces_is_not_filled_again(load: Load, folder: Path) -
         ("src/../../*", "must stay inside the plan's folder, got 'src/../../*'"),
         ("..\\x", "must stay inside the plan's folder, got '..\\\\x'"),
         ("/etc/*", "must stay inside the plan's folder, got '/etc/*'"),
-        ("\0", "no file matches '\\x00'"),
+        ("a\0", "is no pattern: 'a\\x00' has a NUL character in it"),
         (" ", "no file matches ' '"),
         (5, "must be a string, got 5 (int)"),
         ("link/*", "'link/secret.py' leads out of the plan's folder"),
@@ -626,7 +626,7 @@ def test_a_plan_that_is_missing_a_folder_or_no_file_is_one_clear_problem(folder:
         ("plan.toml", "is a folder, not a plan"),
         ("pipe.toml", "is no regular file"),
         ("nothing.toml", "cannot be read: No such file or directory"),
-        ("nu\0l.toml", "embedded null byte"),
+        ("nu\0l.toml", "no file has a NUL character in its name"),
     ]:
         with pytest.raises(InvalidPlanError) as caught:
             load_plan(folder / name)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from value_strategies import STRATEGIES, execution_results
 
 from parallel_agents import _claims, _models, _outcomes
+from parallel_agents._claims import ResourceClaim
 from parallel_agents._models import (
     AgentAssignment,
     AgentIdentity,
@@ -143,6 +144,15 @@ def test_an_event_is_written_with_its_fields() -> None:
         "at_seconds": 1.0,
         "fields": {"agent_count": 2},
     }
+
+
+def test_a_claim_of_a_file_with_several_names_keeps_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    claim = ResourceClaim.path(tmp_path / "a")
+    again = from_json(ResourceClaim, to_json(claim))
+    assert claim.within is not None
+    assert (again, again.within) == (claim, claim.within)
 
 
 def test_what_is_written_is_not_shared_with_the_value() -> None:
