@@ -200,18 +200,22 @@ async def test_groups_and_executors_that_share_a_limiter_share_its_bound() -> No
 
 
 @pytest.mark.proves("X5")
-async def test_a_group_ends_although_a_stranger_keeps_the_rest_of_the_limiter() -> None:
-    limiter = anyio.CapacityLimiter(2)
-    limiter.acquire_on_behalf_of_nowait("stranger")
+async def test_a_group_ends_although_a_stranger_waits_for_the_limiter_too_and_then_keeps_it() -> None:
+    limiter = anyio.CapacityLimiter(1)
 
-    async def agent(task: AgentAssignment) -> None:
-        while not limiter.statistics().tasks_waiting and task.task_id == "t0":
-            await anyio.lowlevel.checkpoint()
+    async with anyio.create_task_group() as tasks:
 
-    result = await run(agent, group_of(3), limiter=limiter)
+        async def agent(task: AgentAssignment) -> None:
+            if task.task_id == "t0":
+                while limiter.statistics().tasks_waiting < 1:  # the group's second worker
+                    await anyio.lowlevel.checkpoint()
+                tasks.start_soon(limiter.acquire_on_behalf_of, "stranger")
+                while limiter.statistics().tasks_waiting < 2:
+                    await anyio.lowlevel.checkpoint()
+
+        result = await run(agent, group_of(2), limiter=limiter)
     assert result.all_succeeded
     assert limiter.statistics().borrowers == ("stranger",)
-    assert limiter.statistics().tasks_waiting == 0
 
 
 @pytest.mark.proves("X6")
