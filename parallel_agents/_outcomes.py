@@ -177,26 +177,25 @@ class AgentOutcome(Generic[T]):
     )
 
     def __attrs_post_init__(self) -> None:
+        result, started, duration = self.result, self.started_after_seconds, self.duration_seconds
         is_plain = (
-            type(self.result) is AgentRunResult
-            and self.task_id == self.result.task_id
-            and self.agent_id == self.result.agent_id
+            type(result) is AgentRunResult
+            and self.task_id == result.task_id
+            and self.agent_id == result.agent_id
             and self.status is OutcomeStatus.SUCCEEDED
-            and self.result.termination_reason is TerminationReason.COMPLETED
+            and result.termination_reason is TerminationReason.COMPLETED
             and self.error is None
-            and type(self.usage) is Usage
-            and self.attempts == 1
-            and type(self.attempts) is int
-            and type(self.started_after_seconds) is float
-            and 0.0 <= self.started_after_seconds < math.inf
-            and type(self.duration_seconds) is float
-            and 0.0 <= self.duration_seconds < math.inf
             and self.exception is None
+            and type(self.usage) is Usage
+            and type(self.attempts) is int
+            and self.attempts >= 0
+            and type(started) is type(duration) is float
+            and 0.0 <= started < math.inf
+            and 0.0 <= duration < math.inf
         )
         if is_plain:
             return
         check_rules(self)
-        result = self.result
         if (result is None) == (self.error is None):
             raise ValueError(f"Exactly one of result or error must be given for task {self.task_id!r}")
         if result is None:

@@ -121,7 +121,8 @@ class GroupRun(Generic[T]):
         self._positions: dict[str, int] | None = None
         self._result: ParallelExecutionResult[T] | None = None
 
-        self._started = anyio.current_time()
+        self._clock = _clock_of_the_loop()
+        self._started = self._clock()
         self._events = GroupEvents(group.group_id, settings.observers, self._started, self._end_for_callback)
         self._claims = HeldClaims(settings.resource_lock, group.group_id, group.assignments, self._events)
         self._enclosing = _enclosing_call()
@@ -274,7 +275,7 @@ class GroupRun(Generic[T]):
             self._result = ParallelExecutionResult(
                 group_id=self.group.group_id,
                 outcomes=cast("list[AgentOutcome[T]]", self._outcomes),
-                total_duration_seconds=anyio.current_time() - self._started,
+                total_duration_seconds=self._clock() - self._started,
             )
         if raised is not None:
             raise raised
@@ -432,12 +433,12 @@ class GroupRun(Generic[T]):
         """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
         deadline = anyio.current_effective_deadline()
         limiter = self._settings.limiter
-        now = anyio.current_time()
+        now = self._clock()
         while self._admission.has_queued:
             slot = None if limiter is None else Slot(limiter)
             if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
-                now = anyio.current_time()
+                now = self._clock()
             position = self._admission.take()
             if position is None:
                 if slot is not None:
@@ -483,11 +484,11 @@ class GroupRun(Generic[T]):
         try:
             value = await drive(context, self._settings.engine.run, call.assignment)
         except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
-            now = anyio.current_time()
+            now = self._clock()
             del self._running[call.position]
             outcome = self._outcome_of_error(call, error, now, pending=task.has_pending_cancellation())
         else:
-            now = anyio.current_time()
+            now = self._clock()
             del self._running[call.position]
             outcome = self._outcome_of_value(call, value, now)
         if call.scope.deadline != math.inf and not call.scope.cancel_called:
@@ -591,7 +592,8 @@ class GroupRun(Generic[T]):
             self._parked += 1
         else:
             self._failed += 1
-        self._tell_news()
+        if self._is_watched or self._news is not None:
+            self._tell_news()
 
     # Stopping
 
@@ -616,7 +618,7 @@ class GroupRun(Generic[T]):
         """Start nothing more; cancel what still runs when the grace period is over. Never waits."""
         self._start_nothing_more(SHUTDOWN)
         self._ran_at_shutdown = self._ran_at_shutdown or frozenset(self._running)
-        self._grace_ends = min(self._grace_ends, anyio.current_time() + grace_seconds)
+        self._grace_ends = min(self._grace_ends, self._clock() + grace_seconds)
         for call in self._running.values():
             if not grace_seconds:
                 self._stop_call(call, SHUTDOWN)
@@ -718,7 +720,7 @@ class GroupRun(Generic[T]):
             PARALLEL_GROUP_COMPLETE,
             succeeded=self._succeeded,
             failed=self._failed,
-            duration_seconds=anyio.current_time() - self._started,
+            duration_seconds=self._clock() - self._started,
             status=status,
         )
 
@@ -747,6 +749,12 @@ class OutcomeIterator(Generic[T]):
         assert outcome is not None
         self._seen += 1
         return outcome
+
+
+def _clock_of_the_loop() -> Callable[[], float]:
+    """Return the running loop's clock, which timeouts go by: asyncio's loop tells the time itself, in half the time."""
+    clock: Callable[[], float] = getattr(anyio.lowlevel.current_token().native_token, "time", anyio.current_time)
+    return clock
 
 
 def _enclosing_call() -> EngineCall | None:

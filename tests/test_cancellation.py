@@ -15,6 +15,7 @@ from parallel_agents import (
     OutcomeStatus,
     ParallelExecutionGroup,
     ParallelExecutor,
+    _run,
     current_run,
 )
 
@@ -245,14 +246,13 @@ async def test_an_agent_that_blocked_past_its_time_and_then_raised_was_late_on_b
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ahead = 0.0
-    real = anyio.current_time
 
     async def agent(task: AgentAssignment) -> None:
         nonlocal ahead
         ahead = 100.0  # as if the agent had blocked the event loop for so long
         raise ValueError("too late")
 
-    monkeypatch.setattr(anyio, "current_time", lambda: real() + ahead)
+    monkeypatch.setattr(_run, "_clock_of_the_loop", lambda: lambda: anyio.current_time() + ahead)
     (outcome,) = (
         await ParallelExecutor(engine=agent).execute_group(group_of(1, each={"timeout_seconds": 60}))
     ).outcomes
