@@ -41,7 +41,7 @@ class Stop:
 CALLER_CANCELLED = Stop("the caller was cancelled")
 RUN_CANCELLED = Stop("cancel() was called")
 TASK_CANCELLED = Stop("cancel_task() was called")
-SHUTDOWN = Stop("the shutdown's grace period is over", "shutdown", OutcomeStatus.REJECTED)
+SHUTDOWN = Stop("the program is shutting down", "shutdown", OutcomeStatus.REJECTED)
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

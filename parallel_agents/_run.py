@@ -8,8 +8,8 @@ Knows engines and locks as protocols only.
 """
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar, cast
@@ -211,9 +211,8 @@ class GroupRun(Generic[T]):
         try:
             self._validate()
             await self._claims.take_all()
-            with self._attached_to_shutdown():
-                async with self._working():
-                    yield self
+            async with self._working():
+                yield self
         except BaseException as error:
             self._tell_complete(self._status_after(error))
             self._raise_orders_to_end()
@@ -233,16 +232,15 @@ class GroupRun(Generic[T]):
             async with self._enclosing.slot.lent():
                 yield
 
-    @contextmanager
-    def _attached_to_shutdown(self) -> Iterator[None]:
-        manager = self._settings.shutdown_manager
-        if manager is None:
-            yield
-            return
-        with manager.attached(self):
+    def _attach_to_shutdown(self) -> None:
+        if (manager := self._settings.shutdown_manager) is not None:
+            manager.attach(self)
             if manager.is_shutting_down:
                 self.begin_shutdown(0.0)
-            yield
+
+    def _detach_from_shutdown(self) -> None:
+        if (manager := self._settings.shutdown_manager) is not None:
+            manager.detach(self)
 
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[None]:
@@ -251,6 +249,7 @@ class GroupRun(Generic[T]):
         self._is_watched = self._events.are_heard or self._settings.progress_callback is not None
         if self._is_watched:
             self._tell_progress()
+        self._attach_to_shutdown()
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._spawn_worker()
@@ -271,6 +270,7 @@ class GroupRun(Generic[T]):
             await anyio.lowlevel.checkpoint_if_cancelled()  # the parked tasks' errors stood above a cancellation
         finally:
             self._settle()
+            self._detach_from_shutdown()
             await self._claims.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
             self._result = ParallelExecutionResult(
                 group_id=self.group.group_id,
@@ -355,6 +355,7 @@ class GroupRun(Generic[T]):
                 self._spawn_worker()
             elif not self._workers:
                 self._settle()
+                self._detach_from_shutdown()
                 self._let_parked_tasks_end()
         if fitness is Fitness.HOLDS_A_SCOPE:
             await self._park()

@@ -4,8 +4,8 @@ Knows no executor: runs attach themselves.
 """
 
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import anyio
@@ -175,17 +175,16 @@ class ShutdownManager:
                 finished &= await _ran_without_error(callback)
         return finished and not scope.cancelled_caught
 
-    @contextmanager
-    def attached(self, run: StoppableRun) -> Iterator[None]:
-        """Have *run* shut down with the others for the length of the block."""
+    def attach(self, run: StoppableRun) -> None:
+        """Have *run* shut down with the others, until it is detached."""
         self._runs[run] = None
-        try:
-            yield
-        finally:
-            del self._runs[run]
-            if self._run_ended is not None:
-                self._run_ended.set()
-                self._run_ended = None
+
+    def detach(self, run: StoppableRun) -> None:
+        """Wait for *run* no more: its agents have ended. May be repeated."""
+        self._runs.pop(run, None)
+        if self._run_ended is not None:
+            self._run_ended.set()
+            self._run_ended = None
 
     def note_ended(self, agent: str, *, by_itself: bool) -> None:
         """Note how an agent ended that ran when the shutdown was requested."""
