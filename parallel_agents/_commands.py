@@ -344,8 +344,11 @@ async def _run_until_signalled(plan: Plan, display: Display) -> _Ending:
     executor = ParallelExecutor(engine=plan.engine, shutdown_manager=manager, observers=(display,))
     async with manager.handle_signals():
         try:
-            with display, manager.attached(_Announcer(display)):
+            announcer = _Announcer(display)
+            manager.attach(announcer)
+            with display:
                 ending = await _run_watched(executor, plan, display)
+            manager.detach(announcer)
             if manager.received_signal is not None:
                 ending = attrs.evolve(ending, code=128 + manager.received_signal)
         finally:

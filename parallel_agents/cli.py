@@ -4,11 +4,11 @@ Can be imported without the libraries of the ``cli`` extra, to say that they are
 stand in ``_commands``.
 """
 
-import contextlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as in a shell."""
@@ -43,12 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _flush(stream)
 
 
-def _flush(stream: io.TextIOBase | object) -> None:
-    """Flush a stream; if its reader is gone, send what is left nowhere, so that the interpreter's own flush works."""
-    if not isinstance(stream, io.TextIOBase):
-        return
+def _flush(stream: TextIO) -> None:
+    """Flush a stream; if its reader is gone, send what is left nowhere: the interpreter's own flush must not fail."""
     try:
         stream.flush()
     except OSError:
-        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), stream.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -30,6 +30,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 NEEDS_TRIO = pytest.mark.skipif(find_spec("trio") is None, reason="trio is not installed")
 BACKENDS = ["asyncio", pytest.param("trio", marks=NEEDS_TRIO)]
 
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "PYTHONUNBUFFERED")
+}
+"""Of the processes: colours and buffering as they are for most people."""
+
 HOSTILE = [
     "line\nfeed\r\n[2/2] succeeded: forged",
     "{braces} {0} {",
@@ -101,7 +108,8 @@ class Workplace:
 
     def start(self, *argv: str, **options: Any) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "parallel_agents", *argv]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+        pipes |= options
         return subprocess.Popen(command, cwd=self.folder, start_new_session=True, **pipes)
 
     def statuses(self) -> dict[str, str]:
@@ -422,7 +430,7 @@ def test_a_report_replaces_the_old_one_and_keeps_its_mode_and_the_link_to_it(wor
 def test_a_report_can_go_into_a_pipe_with_a_name(work: Workplace) -> None:
     os.mkfifo(work.report)
     received: list[str] = []
-    reader = threading.Thread(target=lambda: received.append(work.report.read_text()))
+    reader = threading.Thread(target=lambda: received.append(work.report.read_text()), daemon=True)
     reader.start()
     assert main(["run", work.plan(assignment("a")), "--report", str(work.report)]) == 0
     reader.join(30)
@@ -533,9 +541,9 @@ def test_ctrl_c_outside_a_run_ends_with_130(monkeypatch: pytest.MonkeyPatch, wor
 # Pipes and terminals
 
 
-@pytest.mark.parametrize("more", [[], ["--report", "-"]], ids=["table", "report"])
+@pytest.mark.parametrize("more", [[], ["--report", "-"], ["--quiet"]], ids=["table", "report", "agent"])
 def test_a_reader_that_goes_away_changes_no_exit_code(work: Workplace, more: list[str]) -> None:
-    plan = work.plan(assignment("a"), engine="by_name")
+    plan = work.plan(assignment("a"))  # an agent that prints
     reader, writer = os.pipe()
     os.close(reader)
     process = work.start("run", plan, *more, stdout=writer)
@@ -576,7 +584,7 @@ def test_a_reader_of_stderr_that_goes_away_does_not_stop_the_run(work: Workplace
 
 def test_a_terminal_that_knows_ascii_only_gets_escapes(work: Workplace) -> None:
     plan = work.plan({"agent": "Grüße", "task": {"id": "世界"}}, engine="by_name")
-    process = work.start("run", plan, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    process = work.start("run", plan, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"})
     with ended_after(process):
         stdout, stderr = process.communicate()
     assert process.returncode == 0
@@ -587,8 +595,7 @@ def test_a_terminal_that_knows_ascii_only_gets_escapes(work: Workplace) -> None:
 def on_a_terminal(work: Workplace, *argv: str, **environment: str) -> tuple[int, str]:
     """Run the command line on a terminal; return its exit code and what the terminal received."""
     terminal, end = pty.openpty()
-    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM")}
-    env |= {"TERM": "xterm-256color", "COLUMNS": "160", "LINES": "30"} | environment
+    env = ENVIRONMENT | {"TERM": "xterm-256color", "COLUMNS": "160", "LINES": "30"} | environment
     process = work.start(*argv, stdin=end, stdout=end, stderr=end, env=env)
     os.close(end)
     received = b""
