@@ -332,8 +332,8 @@ class GroupRun(Generic[T]):
         return "fatal" if self._fatal else "completed"
 
     def _status_after(self, error: BaseException) -> str:
-        if isinstance(error, ResourceConflictError) and self._result is None:
-            return "conflict"
+        if self._result is None and isinstance(error, ParallelAgentsError | ValueError):
+            return "conflict" if isinstance(error, ResourceConflictError) else "refused"
         if isinstance(error, anyio.get_cancelled_exc_class()):
             return "cancelled"
         return "error" if isinstance(error, Exception) else "interrupted"

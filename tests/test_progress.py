@@ -135,4 +135,4 @@ async def test_a_callback_that_is_a_coroutine_function_is_refused_when_the_execu
     async def callback(progress: ParallelProgress) -> None: ...
 
     with pytest.raises(TypeError, match="plain function"):
-        ParallelExecutor(engine=callback, progress_callback=callback)
+        ParallelExecutor(engine=lambda task: anyio.sleep(0), progress_callback=callback)

@@ -188,17 +188,16 @@ async def test_a_signal_requests_a_shutdown_and_a_second_one_cancels_at_once(rec
 
     executor = ParallelExecutor(engine=agent, shutdown_manager=manager)
     with anyio.fail_after(10):
-        async with manager.handle_signals():
-            async with executor.open_group(group_of(3, max_concurrency=2)) as run:
-                await polite_started.wait()
-                await stubborn_started.wait()
-                os.kill(os.getpid(), received)
-                async for outcome in run:
-                    if outcome.task_id == "t0":
-                        break
-                assert manager.received_signal is received
-                assert cleaned_up == []
-                os.kill(os.getpid(), signal.SIGTERM)
+        async with manager.handle_signals(), executor.open_group(group_of(3, max_concurrency=2)) as run:
+            await polite_started.wait()
+            await stubborn_started.wait()
+            os.kill(os.getpid(), received)
+            async for outcome in run:
+                if outcome.task_id == "t0":
+                    break
+            assert manager.received_signal is received
+            assert cleaned_up == []
+            os.kill(os.getpid(), signal.SIGTERM)
     assert [o.status for o in run.result.outcomes] == [
         OutcomeStatus.SUCCEEDED,
         OutcomeStatus.CANCELLED,
