@@ -158,7 +158,7 @@ def print_summary(console: Console, result: ParallelExecutionResult[Any]) -> Non
         console.print(_summary_table(listed))
         console.print()
     if len(listed) < len(result.outcomes):
-        console.print(Text(f"{len(result.outcomes) - len(listed)} more are not listed here; the report has them all"))
+        console.print(Text(f"{len(result.outcomes) - len(listed)} more are not listed here; a report has them all"))
     group = harmless(result.group_id, ID_CHARACTERS)
     console.print(Text(f"{group}: {counts_text(result)}{_usage_text(result)}"), soft_wrap=True)
 
