@@ -5,9 +5,9 @@ Pure but for ``ResourceClaim.path()``, which asks the file system what a path me
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum, auto
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 from attrs import field, frozen
@@ -80,20 +80,15 @@ def _ignores_case(real: Path) -> bool:
     return other != folder and other.exists() and other.samefile(folder)
 
 
-def _folders_above(claim: ResourceClaim) -> Iterator[str]:
-    """Yield the resources of the folders in which a claimed file or folder lies, from the innermost to the root."""
+def _folders_above(claim: ResourceClaim) -> Sequence[str]:
+    """Return the resources of the folders in which a claimed file or folder lies, from the innermost to the root."""
     if claim.within is not None:
-        yield claim.within
-        folder = claim.within
-    else:
-        folder = claim.resource
-    if not folder.startswith(_PATH):
-        return
-    while folder != f"{_PATH}/":
-        folder = folder.rpartition("/")[0]
-        if folder == _PATH:
-            folder = f"{_PATH}/"
-        yield folder
+        return [claim.within, *_parents(claim.within)]
+    return _parents(claim.resource) if claim.resource.startswith(_PATH) else ()
+
+
+def _parents(resource: str) -> list[str]:
+    return [f"{_PATH}{folder}" for folder in PurePosixPath(resource.removeprefix(_PATH)).parents]
 
 
 class _Owners:
@@ -102,13 +97,13 @@ class _Owners:
     __slots__ = ("_by_mode",)
 
     def __init__(self) -> None:
-        self._by_mode: dict[ClaimMode, dict[str, int]] = {ClaimMode.EXCLUSIVE: {}, ClaimMode.SHARED: {}}
+        self._by_mode: dict[ClaimMode, dict[str, int]] = {}
 
     def __bool__(self) -> bool:
-        return any(self._by_mode.values())
+        return bool(self._by_mode)
 
     def add(self, owner: str, mode: ClaimMode) -> None:
-        owners = self._by_mode[mode]
+        owners = self._by_mode.setdefault(mode, {})
         owners[owner] = owners.get(owner, 0) + 1
 
     def remove(self, owner: str, mode: ClaimMode) -> None:
@@ -116,11 +111,13 @@ class _Owners:
         owners[owner] -= 1
         if not owners[owner]:
             del owners[owner]
+            if not owners:
+                del self._by_mode[mode]
 
     def in_the_way_of(self, owner: str, mode: ClaimMode) -> str | None:
         """Return another owner that does not go together with *owner* holding this in *mode*."""
         for held_in, owners in self._by_mode.items():
-            if ClaimMode.EXCLUSIVE in (held_in, mode):
+            if held_in is ClaimMode.EXCLUSIVE or mode is ClaimMode.EXCLUSIVE:
                 for other in owners:
                     if other != owner:
                         return other
@@ -140,6 +137,8 @@ class ClaimIndex:
     def in_the_way_of(self, claim: ResourceClaim, owner: str) -> str | None:
         """Return another owner whose claim overlaps *claim* and does not go together with it."""
         resource, mode = claim.resource, claim.mode
+        if not self._at:
+            return None
         for owners in (self._at.get(resource), self._below.get(resource)):
             if owners is not None and (other := owners.in_the_way_of(owner, mode)) is not None:
                 return other

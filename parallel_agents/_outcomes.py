@@ -316,15 +316,19 @@ class ParallelProgress:
         parked: Of the completed ones, those that wait for a person.
     """
 
-    group_id: str = field(validator=not_blank)
-    total: int = field(validator=integer(at_least=0))
-    completed: int = field(validator=integer(at_least=0))
-    in_progress: int = field(validator=integer(at_least=0))
-    succeeded: int = field(validator=integer(at_least=0))
-    failed: int = field(validator=integer(at_least=0))
-    parked: int = field(default=0, validator=integer(at_least=0))
+    group_id: str = field(metadata={RULE: not_blank})
+    total: int = field(metadata={RULE: integer(at_least=0)})
+    completed: int = field(metadata={RULE: integer(at_least=0)})
+    in_progress: int = field(metadata={RULE: integer(at_least=0)})
+    succeeded: int = field(metadata={RULE: integer(at_least=0)})
+    failed: int = field(metadata={RULE: integer(at_least=0)})
+    parked: int = field(default=0, metadata={RULE: integer(at_least=0)})
 
     def __attrs_post_init__(self) -> None:
+        counters = (self.total, self.completed, self.in_progress, self.succeeded, self.failed, self.parked)
+        is_plain = type(self.group_id) is str and self.group_id.strip() and {*map(type, counters)} == {int}
+        if not is_plain or min(counters) < 0:
+            check_rules(self)
         if self.completed + self.in_progress > self.total:
             raise ValueError(
                 f"completed + in_progress must not exceed total: {self.completed} + {self.in_progress} > {self.total}"

@@ -226,7 +226,7 @@ class InMemoryResourceLock:
             del leases[lease]
             if not leases:
                 del self._leases[lease.holder]
-        if resources:
+        if resources and self._waiting:
             self._grant_waiting()
 
     def _enqueue(self, waiter: _Waiter) -> None:
