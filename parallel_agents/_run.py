@@ -479,7 +479,7 @@ class GroupRun(Generic[T]):
         return call
 
     async def _run_call(self, call: EngineCall, task: anyio.TaskInfo) -> float:
-        """Run one engine call to its outcome; return the time at its end."""
+        """Run one engine call to its outcome; return the time from which on the worker is free."""
         context = self._context.copy()
         context.run(_current.set, call)
         try:
@@ -498,12 +498,13 @@ class GroupRun(Generic[T]):
             call.slot.give_back()
         if self._claims.leases and (still_held := self._claims.give_back(call.position)) is not None:
             await self._claims.finish(still_held)
+            now = self._clock()  # the next agent's time does not begin before its call
         self._end_call(call, outcome)
         return now
 
     def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:
         assignment = call.assignment
-        if type(value) is not AgentRunResult:
+        if not isinstance(value, AgentRunResult):
             error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=call.usage)
         usage = value.usage if call.usage is NO_USAGE else _larger(value.usage, call.usage)

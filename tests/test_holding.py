@@ -306,3 +306,21 @@ async def test_no_claims_mean_no_lock_calls() -> None:
     lock = PlainLock()
     assert (await run(group_of(3), resource_lock=lock)).all_succeeded
     assert lock.calls == []
+
+
+@pytest.mark.proves("L4", "X10")
+@virtual_time
+async def test_time_that_a_lock_takes_to_be_given_back_does_not_count_against_the_next_agent() -> None:
+    class Slow(PlainLock):
+        async def release(self, resource: str, holder: str) -> None:
+            await anyio.sleep(2)
+            await super().release(resource, holder)
+
+    assignments = [
+        assignment(0, resource_claims=("r",)),
+        assignment(1, timeout_seconds=1.5),
+    ]
+    group = ParallelExecutionGroup(group_id="g", assignments=assignments, max_concurrency=1)
+    result = await run(group, lambda task: anyio.sleep(1), resource_lock=Slow())
+    assert result.all_succeeded
+    assert result.outcomes[1].started_after_seconds == 3
