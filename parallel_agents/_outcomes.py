@@ -189,7 +189,8 @@ class AgentOutcome(Generic[T]):
             and type(self.usage) is Usage
             and type(self.attempts) is int
             and self.attempts >= 0
-            and type(started) is type(duration) is float
+            and type(started) is float
+            and type(duration) is float
             and 0.0 <= started < math.inf
             and 0.0 <= duration < math.inf
         )

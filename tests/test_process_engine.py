@@ -19,7 +19,7 @@ from parallel_agents._drive import drive
 from parallel_agents._errors import EngineUnavailableError
 from parallel_agents._models import AgentAssignment, AgentIdentity, ChatMessage, Task, Usage
 from parallel_agents._outcomes import AgentRunResult, TerminationReason
-from parallel_agents.engines import AgentEngine, process
+from parallel_agents.engines import AgentEngine, _output, _program
 from parallel_agents.engines.process import ProcessEngine
 
 pytestmark = pytest.mark.anyio
@@ -487,16 +487,16 @@ async def test_bytes_that_are_no_text_are_replaced() -> None:
 @pytest.mark.parametrize("line", ["'x' * 1_000_000", "'x' * 99 + '\\n'"], ids=["one long line", "many lines"])
 async def test_a_hundred_megabytes_of_output_take_little_memory(protocol: Any, stream: str, line: str) -> None:
     code = f"import sys; chunk = ({line}) * (1_000_000 // len({line}))\nfor _ in range(100): sys.{stream}.write(chunk)"
-    tail = process._Tail.add
+    tail = _output.Tail.add
     largest = 0
 
-    def measured(self: process._Tail, data: bytes) -> None:
+    def measured(self: _output.Tail, data: bytes) -> None:
         nonlocal largest
         tail(self, data)
         largest = max(largest, len(self._data))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process._Tail, "add", measured)
+        patch.setattr(_output.Tail, "add", measured)
         result = await run(python(code, protocol=protocol, output_limit_bytes=100_000))
     assert result.is_success
     assert 100_000 <= largest <= 400_000
@@ -743,15 +743,15 @@ async def test_what_a_program_leaves_behind_is_ended_and_holds_nothing_up(how: s
 async def test_cancelling_while_the_output_of_a_grandchild_is_drained_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "DRAIN_SECONDS", 1000)
+    monkeypatch.setattr(_program, "DRAIN_SECONDS", 1000)
     draining = anyio.Event()
-    wait_gone = process._Program._wait_gone
+    wait_gone = _program.Program._wait_gone
 
-    async def announced(self: process._Program, seconds: float) -> None:
+    async def announced(self: _program.Program, seconds: float) -> None:
         draining.set()
         await wait_gone(self, seconds)
 
-    monkeypatch.setattr(process._Program, "_wait_gone", announced)
+    monkeypatch.setattr(_program.Program, "_wait_gone", announced)
     pids = tmp_path / "pids"
     await cancelled_when(family("exits", pids), draining.wait)
     await gone(int(pids.read_text()))
@@ -771,7 +771,7 @@ async def test_a_grandchild_that_left_the_group_cannot_hold_the_run_up(tmp_path:
 async def test_output_written_just_before_the_end_is_read_even_if_the_time_for_it_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "DRAIN_SECONDS", 0)
+    monkeypatch.setattr(_program, "DRAIN_SECONDS", 0)
     pids, go = tmp_path / "pids", tmp_path / "pids.go"
     before = own_children()
 
