@@ -18,7 +18,7 @@ from typing import Any
 
 import anyio
 from attrs import evolve
-from programs import (
+from peers import (
     AIOMETER,
     ANYIO,
     EVERYTHING,

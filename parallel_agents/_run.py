@@ -442,8 +442,8 @@ class GroupRun(Generic[T]):
                 now = self._clock()
             position = self._admission.take()
             if position is None:
-                if slot is not None:
-                    slot.give_back()
+                assert slot is not None, "nobody else takes what is queued, except while one waits for a slot"
+                slot.give_back()
                 return Fitness.FIT
             self._call_or_dismiss_workers()
             call = self._start_call(position, scope, slot, now)
@@ -548,8 +548,7 @@ class GroupRun(Generic[T]):
             return "Cancelled by itself: the agent raised the backend's cancelled exception"
         if now >= self._grace_ends:
             return SHUTDOWN.text
-        if not call.scope.cancel_called:
-            self._stop_all(CALLER_CANCELLED)
+        self._stop_all(CALLER_CANCELLED)
         return CALLER_CANCELLED.text
 
     def _unsuccessful(
@@ -624,7 +623,7 @@ class GroupRun(Generic[T]):
         for call in self._running.values():
             if not grace_seconds:
                 self._stop_call(call, SHUTDOWN)
-            elif not call.scope.cancel_called:
+            else:
                 call.scope.deadline = min(call.scope.deadline, self._grace_ends)
 
     def _is_shutting_down(self) -> bool:

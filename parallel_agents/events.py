@@ -111,10 +111,10 @@ def call_quietly(function: Callable[[Any], object], value: object, on_order: Cal
     """
     try:
         function(value)
-    except (KeyboardInterrupt, SystemExit) as order:
-        on_order(order)
     except (Exception, anyio.get_cancelled_exc_class()) as error:  # noqa: ASYNC103, BLE001 - nothing was awaited
         write_log(PARALLEL_OBSERVER_ERROR, error=error_text(error))
+    except BaseException as order:  # noqa: BLE001 - raised at the end of the group
+        on_order(order)
 
 
 class GroupEvents:

@@ -143,6 +143,20 @@ async def test_a_cancelled_caller_waits_for_the_agents_cleanup_and_stays_cancell
     assert outcomes[3].error == "Cancelled before it started: the caller was cancelled"
 
 
+@pytest.mark.proves("X8")
+async def test_a_caller_that_is_cancelled_inside_the_block_cancels_the_agents_too() -> None:
+    runs = []
+    with anyio.fail_after(5), anyio.CancelScope() as scope:
+        async with ParallelExecutor(engine=lambda task: anyio.sleep_forever()).open_group(group_of(2)) as open_run:
+            runs.append(open_run)
+            while open_run.progress.in_progress < 2:
+                await anyio.lowlevel.checkpoint()
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert [o.error for o in runs[0].result.outcomes] == ["Cancelled: the caller was cancelled"] * 2
+
+
 @pytest.mark.proves("X9")
 async def test_what_an_agent_returned_stands_although_it_was_cancelled() -> None:
     started = anyio.Event()

@@ -1,7 +1,7 @@
 """What comes of a group: outcomes, failures, limits, and order."""
 
 import threading
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import anyio
@@ -20,6 +20,8 @@ from parallel_agents import (
     Usage,
     current_run,
 )
+from parallel_agents._admission import Admission
+from parallel_agents._drive import drive
 
 pytestmark = pytest.mark.anyio
 
@@ -214,7 +216,7 @@ async def test_a_group_ends_although_a_stranger_waits_for_the_limiter_too_and_th
                     await anyio.lowlevel.checkpoint()
 
         result = await run(agent, group_of(2), limiter=limiter)
-    assert result.all_succeeded
+        assert result.all_succeeded
     assert limiter.statistics().borrowers == ("stranger",)
 
 
@@ -349,6 +351,120 @@ async def test_an_engine_may_return_any_awaitable_or_refuse_at_once() -> None:
     assert first.output == "later"
     assert second.error == "ValueError: at once"
     assert "TypeError" in (third.error or "")
+
+    class Engine:
+        def run(self, task: AgentAssignment, /) -> Any:
+            return agent(task)
+
+    first, second, third = (await run(Engine(), group_of(3))).outcomes
+    assert first.error == "The engine returned str instead of an AgentRunResult"
+    assert second.error == "ValueError: at once"
+    assert "TypeError" in (third.error or "")
+
+
+def test_a_call_that_is_closed_closes_the_agents_coroutine_in_its_context() -> None:
+    variable: ContextVar[str] = ContextVar("variable")
+    closed: list[str] = []
+
+    class Suspend:
+        def __await__(self) -> Any:
+            yield
+
+    async def agent(argument: str) -> None:
+        variable.set(argument)
+        try:
+            await Suspend()
+        finally:
+            closed.append(variable.get())
+
+    call = drive(copy_context(), agent, "inside")
+    assert next(call) is None
+    call.close()
+    assert closed == ["inside"]
+
+
+async def test_a_parked_agent_is_neither_a_success_nor_a_failure() -> None:
+    class Engine:
+        async def run(self, task: AgentAssignment, /) -> Any:
+            return result_for(task, TerminationReason.PARKED)
+
+    progress: list[Any] = []
+    result = await run(Engine(), group_of(2, fail_fast=True, max_concurrency=1), progress_callback=progress.append)
+    assert [o.status for o in result.outcomes] == [OutcomeStatus.PARKED] * 2
+    assert (result.agents_parked, result.agents_failed, progress[-1].parked) == (2, 0, 2)
+
+
+async def test_two_readers_of_an_open_group_both_see_every_outcome() -> None:
+    gate = anyio.Event()
+    seen: list[str] = []
+
+    async def agent(task: AgentAssignment) -> None:
+        await gate.wait()
+
+    async def read(outcomes: Any) -> None:
+        seen.extend([outcome.task_id async for outcome in outcomes])
+
+    with anyio.fail_after(5):
+        async with (
+            ParallelExecutor(engine=agent).open_group(group_of(2)) as run_,
+            anyio.create_task_group() as readers,
+        ):
+            readers.start_soon(read, run_)
+            readers.start_soon(read, aiter(run_))
+            await anyio.wait_all_tasks_blocked()
+            gate.set()
+    assert sorted(seen) == ["t0", "t0", "t1", "t1"]
+
+
+async def test_a_worker_that_is_given_a_slot_when_nothing_is_left_gives_it_back() -> None:
+    class Stubborn:
+        """Grants its second place in the very moment in which nobody wants it any more."""
+
+        def __init__(self) -> None:
+            self.taken: list[object] = []
+            self.asked = anyio.Event()
+            self.granted = anyio.Event()
+
+        def acquire_on_behalf_of_nowait(self, borrower: object) -> None:
+            if self.taken:
+                raise anyio.WouldBlock
+            self.taken.append(borrower)
+
+        async def acquire_on_behalf_of(self, borrower: object) -> None:
+            self.asked.set()
+            with anyio.CancelScope(shield=True):
+                await self.granted.wait()
+            self.taken.append(borrower)
+
+        def release_on_behalf_of(self, borrower: object) -> None:
+            self.taken.remove(borrower)
+
+    limiter: Any = Stubborn()
+
+    async def agent(task: AgentAssignment) -> None:
+        await limiter.asked.wait()
+        raise ValueError
+
+    with anyio.fail_after(5):
+        executor = ParallelExecutor(engine=agent, limiter=limiter)
+        async with executor.open_group(group_of(2, fail_fast=True)) as run_:
+            while run_.progress.failed < 1:
+                await anyio.lowlevel.checkpoint()
+            limiter.granted.set()
+    assert limiter.taken == []
+    assert [o.status for o in run_.result.outcomes] == [OutcomeStatus.FAILED, OutcomeStatus.CANCELLED]
+
+
+async def test_a_defect_of_the_executor_itself_is_raised_and_not_taken_for_an_agents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Admission, "take", broken)
+    with pytest.raises(ExceptionGroup) as caught:
+        await run(lambda task: anyio.sleep(0), group_of(2))
+    assert {str(error) for error in caught.value.exceptions} == {"a defect"}
 
 
 async def test_an_engine_can_refuse_assignments_before_anything_starts() -> None:

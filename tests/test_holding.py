@@ -306,6 +306,8 @@ async def test_no_claims_mean_no_lock_calls() -> None:
     lock = PlainLock()
     assert (await run(group_of(3), resource_lock=lock)).all_succeeded
     assert lock.calls == []
+    assert (await run(claiming((), ("r",), max_concurrency=1), resource_lock=lock)).all_succeeded
+    assert lock.calls == ["acquire r", "release r"]
 
 
 @pytest.mark.proves("L4", "X10")
