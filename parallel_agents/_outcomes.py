@@ -295,9 +295,12 @@ class ParallelExecutionResult(Generic[T]):
         """Raise if any agent failed.
 
         Raises:
-            ExceptionGroup: Of AgentFailedError, one per failure, in assignment order.
+            ExceptionGroup: Of AgentFailedError, one per failure, in assignment order; each has the agent's own
+                exception as its cause, where there is one.
         """
         failures = [AgentFailedError(outcome) for outcome in self.outcomes if outcome.is_failure]
+        for failure in failures:
+            failure.__cause__ = failure.outcome.exception
         if failures:
             count = f"{len(failures)} of {len(self.outcomes)} agents failed"
             raise ExceptionGroup(f"{count} in {self.group_id!r}", failures)

@@ -275,6 +275,13 @@ def test_failures_are_raised_in_assignment_order() -> None:
     ]
 
 
+def test_a_raised_failure_has_the_agents_own_exception_as_its_cause() -> None:
+    cause = LookupError("gone")
+    with pytest.raises(ExceptionGroup) as caught:
+        an_execution(a_failure(exception=cause), a_failure()).raise_for_failures()
+    assert [failure.__cause__ for failure in caught.value.exceptions] == [cause, None]
+
+
 def test_progress_knows_what_has_not_started() -> None:
     assert A_PROGRESS.pending == 1
     assert ParallelProgress(group_id="g", total=2, completed=0, in_progress=0, succeeded=0, failed=0).pending == 2
