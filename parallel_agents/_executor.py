@@ -25,7 +25,8 @@ class ParallelExecutor:
 
     Args:
         engine: What runs one agent: an engine, or any async function of an assignment.
-        limiter: Bounds the engine calls of every group and executor that is given it.
+        limiter: Bounds the engine calls of every group and executor that is given it. Unlike the executor, an anyio
+            limiter stays with the backend that uses it first.
         resource_lock: Where claims are taken; by default one in memory, shared by all groups of this executor.
         shutdown_manager: Stops this executor's groups, with those of others that are given it.
         progress_callback: A plain function of a ``ParallelProgress``, called at the start, and at each start and
