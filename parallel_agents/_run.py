@@ -8,6 +8,7 @@ Knows engines and locks as protocols only.
 """
 
 import math
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
@@ -123,7 +124,14 @@ class GroupRun(Generic[T]):
 
         self._clock = _clock_of_the_loop()
         self._started = self._clock()
-        self._events = GroupEvents(group.group_id, settings.observers, self._started, self._end_for_callback)
+        # a strong reference would close a circle, and keep all outcomes until the collector comes by
+        this = weakref.proxy(self)
+        self._events = GroupEvents(
+            group.group_id,
+            settings.observers,
+            self._started,
+            lambda order: this._end_for_callback(order),  # noqa: PLW0108 - its bound method would be strong
+        )
         self._claims = HeldClaims(settings.resource_lock, group.group_id, group.assignments, self._events)
         self._enclosing = _enclosing_call()
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1

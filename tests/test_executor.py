@@ -1,5 +1,6 @@
 """What comes of a group: outcomes, failures, limits, and order."""
 
+import gc
 import threading
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -453,6 +454,20 @@ async def test_a_worker_that_is_given_a_slot_when_nothing_is_left_gives_it_back(
             limiter.granted.set()
     assert limiter.taken == []
     assert [o.status for o in run_.result.outcomes] == [OutcomeStatus.FAILED, OutcomeStatus.CANCELLED]
+
+
+async def test_a_group_leaves_no_circles_behind_for_the_garbage_collector() -> None:
+    async def agent(task: AgentAssignment) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    await run(agent, group_of(4))
+    gc.collect()
+    gc.disable()
+    try:
+        await ParallelExecutor(engine=agent).execute_group(group_of(4, max_concurrency=2))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 async def test_a_defect_of_the_executor_itself_is_raised_and_not_taken_for_an_agents(
