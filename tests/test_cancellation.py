@@ -13,11 +13,13 @@ from parallel_agents import (
     AgentAssignment,
     AgentOutcome,
     OutcomeStatus,
+    ParallelEvent,
     ParallelExecutionGroup,
     ParallelExecutor,
     _run,
     current_run,
 )
+from parallel_agents.events import PARALLEL_AGENT_START
 
 pytestmark = pytest.mark.anyio
 
@@ -90,6 +92,17 @@ async def test_an_order_to_end_from_a_callback_leaves_the_group_bare_too() -> No
 
     with pytest.raises(KeyboardInterrupt, match="callback"):
         await run(agent, group_of(3), progress_callback=callback)
+
+
+@pytest.mark.proves("X7")
+async def test_an_order_to_end_from_an_observer_leaves_the_group_bare_too() -> None:
+    class Observer:
+        def on_event(self, event: ParallelEvent, /) -> None:
+            if event.name == PARALLEL_AGENT_START:
+                raise SystemExit("observer")
+
+    with pytest.raises(SystemExit, match="observer"):
+        await run(lambda task: anyio.sleep_forever(), group_of(2), observers=[Observer()])
 
 
 @pytest.mark.proves("X7")
