@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Sequence
 
 import anyio
 
-from ._claims import ResourceClaim, find_overlap
+from ._claim_queue import find_overlap
+from ._claims import ResourceClaim
 from ._errors import ResourceConflictError
 from ._models import AgentAssignment
 from .events import PARALLEL_LOCK_RELEASE_ERROR, GroupEvents, error_text

@@ -1,16 +1,13 @@
 """Claims: one resource for all spellings of a path, and which claims overlap."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from parallel_agents import ClaimMode, ResourceClaim
 from parallel_agents import _claims as claims_module
-from parallel_agents._claims import ClaimIndex, find_overlap
+from parallel_agents._claim_queue import find_overlap
 
 
 def overlap(*claims: ResourceClaim) -> bool:
@@ -124,53 +121,3 @@ def test_a_claim_needs_a_resource_and_a_mode() -> None:
         ResourceClaim(resource=" ")
     with pytest.raises(TypeError, match="mode"):
         ResourceClaim(resource="r", mode="shared")  # type: ignore[arg-type]
-
-
-def test_looking_for_overlaps_costs_the_depth_of_paths_and_not_the_number_of_claims() -> None:
-    def calls(count: int) -> int:
-        claims = [(str(n), (ResourceClaim(resource=f"path:/a/b{n % 10}/c{n}"),)) for n in range(count)]
-        seen = 0
-
-        def profile(*_: object) -> None:
-            nonlocal seen
-            seen += 1
-
-        sys.setprofile(profile)
-        try:
-            assert find_overlap(claims) is None
-        finally:
-            sys.setprofile(None)
-        return seen
-
-    assert calls(2_000) < calls(1_000) * 2.1
-
-
-paths = st.lists(st.sampled_from("ab"), max_size=3).map(lambda parts: "path:/" + "/".join(parts))
-some_claims = st.builds(
-    ResourceClaim, resource=st.one_of(paths, st.sampled_from(["x", "y"])), mode=st.sampled_from(ClaimMode)
-)
-
-
-def overlaps_by_definition(one: ResourceClaim, two: ResourceClaim) -> bool:
-    a, b = one.resource.rstrip("/"), two.resource.rstrip("/")
-    related = a == b or (
-        a.startswith("path:") and b.startswith("path:") and (a.startswith(f"{b}/") or b.startswith(f"{a}/"))
-    )
-    return related and ClaimMode.EXCLUSIVE in (one.mode, two.mode)
-
-
-@given(held=st.lists(st.tuples(some_claims, st.sampled_from("pq")), max_size=6), asked=some_claims)
-def test_the_index_finds_what_the_definition_says_and_forgets_what_is_taken_back(
-    held: list[tuple[ResourceClaim, str]], asked: ResourceClaim
-) -> None:
-    index = ClaimIndex()
-    for claim, owner in held:
-        index.add(claim, owner)
-    for asking in ("p", "r"):
-        expected = {owner for claim, owner in held if owner != asking and overlaps_by_definition(claim, asked)}
-        found = index.in_the_way_of(asked, asking)
-        assert found in expected if expected else found is None
-    for claim, owner in held:
-        index.remove(claim, owner)
-    assert not index
-    assert not index._below

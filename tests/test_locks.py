@@ -17,7 +17,7 @@ from parallel_agents import (
     ResourceConflictError,
     ResourceLock,
 )
-from parallel_agents._claims import find_overlap
+from parallel_agents._claim_queue import find_overlap
 
 SHARED = ClaimMode.SHARED
 
@@ -259,6 +259,5 @@ async def test_whatever_is_asked_no_two_hold_what_overlaps_and_nothing_is_left(
                 tasks.start_soon(maybe_cancelled, str(number), claims(*wanted, mode=mode), steps, cancel)
     assert {str(n) for n, wish in enumerate(wishes) if not wish[3]} <= set(served)
     assert (lock.statistics().held, lock.statistics().waiting) == ((), ())
-    assert not lock._index
-    assert not lock._wanted
+    assert not lock._queue
     assert not lock._leases

@@ -3,6 +3,8 @@
 from collections.abc import Awaitable, Sequence
 from typing import Protocol, runtime_checkable
 
+import anyio
+
 from .._claims import ResourceClaim
 
 
@@ -47,6 +49,18 @@ class Lost(Protocol):
         ...
 
 
+class _NeverLost:
+    def is_set(self) -> bool:
+        return False
+
+    async def wait(self) -> None:
+        await anyio.sleep_forever()
+
+
+NEVER_LOST: Lost = _NeverLost()
+"""For the leases of a lock that loses none; nobody needs to watch them."""
+
+
 class Lease(Protocol):
     """Claims that are held.
 
@@ -54,7 +68,7 @@ class Lease(Protocol):
         claims: What was asked for.
         holder: By whom.
         fencing_token: Grows with each lease of a lock, so that a store can refuse what an older lease writes.
-        lost: Tells when the lease was lost; a lock in memory never loses one.
+        lost: Tells when the lease was lost; ``NEVER_LOST`` if the lock loses none.
     """
 
     @property

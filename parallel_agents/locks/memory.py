@@ -6,15 +6,17 @@ in the running loop, so that a lock may be made anywhere and used on one backend
 of one event loop at a time; knows nothing of other processes.
 """
 
+import time
 from collections.abc import Sequence
-from itertools import count
 
 import anyio
 from attrs import define, field, frozen
 
-from .._claims import ClaimIndex, ClaimMode, ResourceClaim
+from .._claim_queue import ClaimQueue, Ticket
+from .._claims import ClaimMode, ResourceClaim
 from .._errors import ResourceConflictError
 from ..events import PARALLEL_LOCK_ACQUIRED, PARALLEL_LOCK_CONFLICT, PARALLEL_LOCK_RELEASED, write_log
+from ._protocol import NEVER_LOST, Lost
 
 
 @frozen(kw_only=True)
@@ -25,11 +27,13 @@ class HeldResource:
         resource: What.
         mode: How.
         holder: By whom.
+        since: From when on, as ``time.monotonic()`` tells it.
     """
 
     resource: str
     mode: ClaimMode
     holder: str
+    since: float
 
 
 @frozen(kw_only=True)
@@ -39,7 +43,7 @@ class WaitingHolder:
     Attributes:
         holder: Who.
         resources: For what.
-        since: From when on, in the event loop's time.
+        since: From when on, as ``time.monotonic()`` tells it.
     """
 
     holder: str
@@ -60,17 +64,6 @@ class LockStatistics:
     waiting: tuple[WaitingHolder, ...]
 
 
-class _NeverLost:
-    def is_set(self) -> bool:
-        return False
-
-    async def wait(self) -> None:
-        await anyio.sleep_forever()
-
-
-_NEVER_LOST = _NeverLost()
-
-
 @define(eq=False)
 class MemoryLease:
     """Claims held in memory; see ``Lease``."""
@@ -80,19 +73,20 @@ class MemoryLease:
     fencing_token: int
     _lock: "InMemoryResourceLock" = field(repr=False)
     _left: dict[str, ResourceClaim] = field(repr=False)
-    lost: _NeverLost = field(default=_NEVER_LOST, init=False, repr=False)
+    _ticket: Ticket[str] = field(repr=False)
+    _since: float = field(repr=False)
+    lost: Lost = field(default=NEVER_LOST, init=False, repr=False)
 
     def release(self) -> None:
         """Give everything back, at once; may be repeated."""
-        self._lock._end(self, tuple(self._left))
+        if self._left:
+            self._lock._give_back(self, tuple(self._left.values()))
 
 
 @define(eq=False)
 class _Waiter:
-    claims: tuple[ResourceClaim, ...]
-    holder: str
-    key: str
-    since: float
+    ticket: Ticket[str]
+    since: float = field(factory=time.monotonic)
     granted: anyio.Event = field(factory=anyio.Event)
     lease: MemoryLease | None = None
 
@@ -101,24 +95,25 @@ class InMemoryResourceLock:
     """Both a ``ResourceLock`` and a ``ClaimLock``, in memory; a folder's claim covers everything below it."""
 
     def __init__(self) -> None:
-        self._index = ClaimIndex()
+        self._queue: ClaimQueue[str] = ClaimQueue()
         self._leases: dict[str, dict[MemoryLease, None]] = {}
-        self._waiting: dict[_Waiter, None] = {}
-        self._wanted = ClaimIndex()
-        self._tokens = count(1)
+        self._waiting: dict[Ticket[str], _Waiter] = {}
+        self._last_token = 0
 
     def __repr__(self) -> str:
         return f"InMemoryResourceLock(holders={len(self._leases)}, waiting={len(self._waiting)})"
 
     async def acquire(self, resource: str, holder: str) -> bool:
         """Take a resource alone; not a checkpoint. See ``ResourceLock.acquire()``."""
-        claim = ResourceClaim(resource=resource)
+        claims = (ResourceClaim(resource=resource),)
         _refuse_blank(holder)
         if any(resource in lease._left for lease in self._leases.get(holder, ())):
             return True
-        if self._in_the_way_of((claim,), holder, self._index) is not None:
+        ticket = self._queue.enter(holder, claims)
+        if ticket.waits_for is not None:
+            self._refuse(ticket)
             return False
-        self._grant((claim,), holder)
+        self._grant(ticket)
         return True
 
     async def release(self, resource: str, holder: str) -> None:
@@ -127,8 +122,8 @@ class InMemoryResourceLock:
         _refuse_blank(holder)
         leases = [lease for lease in self._leases.get(holder, ()) if resource in lease._left]
         for lease in leases:
-            self._end(lease, (resource,))
-        if not leases and (current := self._index.in_the_way_of(claim, holder)) is not None:
+            self._give_back(lease, (lease._left[resource],))
+        if not leases and (current := self._queue.owner_of(claim)) is not None:
             write_log(PARALLEL_LOCK_CONFLICT, level="WARNING", resource=resource, holder=holder, current_holder=current)
 
     async def release_all(self, holder: str) -> int:
@@ -146,7 +141,7 @@ class InMemoryResourceLock:
 
     def holder_of(self, resource: str) -> str | None:
         """Return who has it, or a folder above it, or something below it; one of them, if several share it."""
-        return self._index.in_the_way_of(ResourceClaim(resource=resource), "")
+        return self._queue.owner_of(ResourceClaim(resource=resource))
 
     async def acquire_claims(
         self, claims: Sequence[ResourceClaim], holder: str, *, timeout_seconds: float | None = None
@@ -159,101 +154,85 @@ class InMemoryResourceLock:
         _refuse_blank(holder)
         if len({claim.resource for claim in claims}) < len(claims):
             raise ValueError(f"claims must name each resource once, got {claims!r}")
-        current = self._in_the_way_of(claims, holder, self._index) or self._in_the_way_of(claims, holder, self._wanted)
-        if current is None:
-            return self._grant(claims, holder)
-        resource, owner = current
+        ticket = self._queue.enter(holder, claims)
+        if ticket.waits_for is None:
+            return self._grant(ticket)
         if timeout_seconds is None or timeout_seconds > 0:
-            waiter = _Waiter(claims, holder, f"{next(self._tokens)} {holder}", anyio.current_time())
-            with anyio.move_on_after(timeout_seconds):
-                return await self._wait_as(waiter)
-        raise ResourceConflictError(resource, owner, holder)
+            lease = await self._wait(ticket, timeout_seconds)
+            if lease is not None:
+                return lease
+        resource, current = self._refuse(ticket)
+        raise ResourceConflictError(resource, current, holder)
 
-    async def _wait_as(self, waiter: _Waiter) -> MemoryLease:
-        self._enqueue(waiter)
+    async def _wait(self, ticket: Ticket[str], timeout_seconds: float | None) -> MemoryLease | None:
+        waiter = self._waiting[ticket] = _Waiter(ticket)
         try:
-            await waiter.granted.wait()
+            with anyio.move_on_after(timeout_seconds):
+                await waiter.granted.wait()
         except BaseException:
             if waiter.lease is None:
-                self._dequeue(waiter)
-                self._grant_waiting()
+                self._leave(ticket, ticket.claims)
             else:  # granted and cancelled in the same instant: nobody would give it back
                 waiter.lease.release()
             raise
-        assert waiter.lease is not None
+        finally:
+            self._waiting.pop(ticket, None)
         return waiter.lease
 
     def statistics(self) -> LockStatistics:
         """Return what is held and who waits, now."""
         held = (
-            HeldResource(resource=claim.resource, mode=claim.mode, holder=holder)
+            HeldResource(resource=claim.resource, mode=claim.mode, holder=holder, since=lease._since)
             for holder, leases in self._leases.items()
             for lease in leases
             for claim in lease._left.values()
         )
         waiting = (
-            WaitingHolder(holder=w.holder, resources=tuple(c.resource for c in w.claims), since=w.since)
-            for w in self._waiting
+            WaitingHolder(
+                holder=waiter.ticket.owner,
+                resources=tuple(claim.resource for claim in waiter.ticket.claims),
+                since=waiter.since,
+            )
+            for waiter in self._waiting.values()
         )
         return LockStatistics(held=tuple(held), waiting=tuple(waiting))
 
-    def _in_the_way_of(
-        self, claims: tuple[ResourceClaim, ...], owner: str, index: ClaimIndex
-    ) -> tuple[str, str] | None:
-        """Return a resource that is not to be had now, and who has it or waits for it first."""
-        for claim in claims:
-            if (other := index.in_the_way_of(claim, owner)) is not None:
-                current = other if index is self._index else other.partition(" ")[2]
-                resource = claim.resource
-                write_log(PARALLEL_LOCK_CONFLICT, resource=resource, holder=owner, current_holder=current)
-                return resource, current
-        return None
+    def _refuse(self, ticket: Ticket[str]) -> tuple[str, str]:
+        """Take a ticket back that waits no longer; return the resource that was not to be had, and who is before."""
+        found = self._queue.in_the_way_of(ticket)
+        assert found is not None, "it would have been granted"
+        other, resource = found
+        write_log(PARALLEL_LOCK_CONFLICT, resource=resource, holder=ticket.owner, current_holder=other.owner)
+        self._leave(ticket, ticket.claims)
+        return resource, other.owner
 
-    def _grant(self, claims: tuple[ResourceClaim, ...], holder: str) -> MemoryLease:
-        lease = MemoryLease(claims, holder, next(self._tokens), self, {claim.resource: claim for claim in claims})
+    def _grant(self, ticket: Ticket[str]) -> MemoryLease:
+        self._last_token += 1
+        holder, claims = ticket.owner, ticket.claims
+        left = {claim.resource: claim for claim in claims}
+        lease = MemoryLease(tuple(claims), holder, self._last_token, self, left, ticket, time.monotonic())
         self._leases.setdefault(holder, {})[lease] = None
         for claim in claims:
-            self._index.add(claim, holder)
             write_log(PARALLEL_LOCK_ACQUIRED, resource=claim.resource, holder=holder)
         return lease
 
-    def _end(self, lease: MemoryLease, resources: tuple[str, ...]) -> None:
-        """Give back some resources of a lease, and let those go on who waited for them."""
-        for resource in resources:
-            self._index.remove(lease._left.pop(resource), lease.holder)
-            write_log(PARALLEL_LOCK_RELEASED, resource=resource, holder=lease.holder)
-        if not lease._left and lease in (leases := self._leases.get(lease.holder, {})):
+    def _give_back(self, lease: MemoryLease, claims: Sequence[ResourceClaim]) -> None:
+        """Give back some claims of a lease, and let those go on who waited for them."""
+        for claim in claims:
+            del lease._left[claim.resource]
+            write_log(PARALLEL_LOCK_RELEASED, resource=claim.resource, holder=lease.holder)
+        if not lease._left:
+            leases = self._leases[lease.holder]
             del leases[lease]
             if not leases:
                 del self._leases[lease.holder]
-        if resources and self._waiting:
-            self._grant_waiting()
+        self._leave(lease._ticket, claims)
 
-    def _enqueue(self, waiter: _Waiter) -> None:
-        self._waiting[waiter] = None
-        for claim in waiter.claims:
-            self._wanted.add(claim, waiter.key)
-
-    def _dequeue(self, waiter: _Waiter) -> None:
-        del self._waiting[waiter]
-        for claim in waiter.claims:
-            self._wanted.remove(claim, waiter.key)
-
-    def _grant_waiting(self) -> None:
-        """Grant what can be granted, in the order of arrival; a claim waits for earlier ones that overlap it."""
-        earlier = ClaimIndex()
-        for waiter in tuple(self._waiting):
-            is_free = not any(
-                self._index.in_the_way_of(claim, waiter.holder) or earlier.in_the_way_of(claim, waiter.key)
-                for claim in waiter.claims
-            )
-            if is_free:
-                self._dequeue(waiter)
-                waiter.lease = self._grant(waiter.claims, waiter.holder)
-                waiter.granted.set()
-            else:
-                for claim in waiter.claims:
-                    earlier.add(claim, waiter.key)
+    def _leave(self, ticket: Ticket[str], claims: Sequence[ResourceClaim]) -> None:
+        for cleared in self._queue.leave(ticket, claims):
+            waiter = self._waiting.pop(cleared)
+            waiter.lease = self._grant(cleared)
+            waiter.granted.set()
 
 
 def _refuse_blank(holder: str) -> None:

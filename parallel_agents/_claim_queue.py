@@ -1,0 +1,193 @@
+"""ClaimQueue: who may hold which claims now, and who waits for whom. Pure and synchronous.
+
+A folder is locked as databases lock what has parts (Gray and others, 1976): whoever claims a file is also noted, more
+weakly, at each folder above it. Asking, entering and leaving cost the depth of a path, not the number of claims.
+
+A ticket that cannot be served yet watches one earlier ticket that is in its way, the newest one when it enters, and
+looks again when that one leaves. So a line of n tickets for one resource moves on by looking at one of them each time.
+
+Knows no locks, no tasks and no file system.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+from ._claims import PATH, ClaimMode, ResourceClaim
+
+O = TypeVar("O", bound=Hashable)  # noqa: E741
+
+_AT, _AT_SHARED, _BELOW, _BELOW_SHARED = range(4)
+"""How a ticket is noted at a resource: it claims the resource itself, or something below it; alone, or shared."""
+
+_IN_THE_WAY = {
+    _AT: (_AT, _AT_SHARED, _BELOW, _BELOW_SHARED),
+    _AT_SHARED: (_AT, _BELOW),
+    _BELOW: (_AT, _AT_SHARED),
+    _BELOW_SHARED: (_AT,),
+}
+"""What does not go together with each."""
+
+
+class Ticket(Generic[O]):
+    """A place in the queue; equal to itself only.
+
+    Attributes:
+        owner: Whose it is; tickets of one owner are never in each other's way.
+        claims: What it stands for.
+        number: Grows with each ticket of a queue.
+        waits_for: An earlier ticket that is in the way; None if it may hold its claims.
+    """
+
+    __slots__ = ("_watched_by", "claims", "number", "owner", "waits_for")
+
+    def __init__(self, owner: O, claims: Sequence[ResourceClaim], number: int) -> None:
+        self.owner = owner
+        self.claims = claims
+        self.number = number
+        self.waits_for: Ticket[O] | None = None
+        self._watched_by: dict[Ticket[O], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"Ticket({self.owner!r}, number={self.number}, is_clear={self.waits_for is None})"
+
+
+class ClaimQueue(Generic[O]):
+    """Tickets in order of arrival; one is clear once no earlier one that is in its way is left."""
+
+    def __init__(self) -> None:
+        # OrderedDict: the first key of a plain dict is looked for behind all that were deleted before it
+        self._noted: dict[str, list[OrderedDict[Ticket[O], int] | None]] = {}
+        self._entered = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._noted)
+
+    def enter(self, owner: O, claims: Sequence[ResourceClaim]) -> Ticket[O]:
+        """Note claims, behind all that were noted before. The ticket says whether they are to be had now."""
+        self._entered += 1
+        ticket = Ticket(owner, claims, self._entered)
+        self._watch(ticket, newest_first=True)
+        noted = self._noted
+        for claim in claims:
+            for resource, how in _notes(claim):
+                shelves = noted.get(resource)
+                if shelves is None:
+                    shelves = noted[resource] = [None, None, None, None]
+                tickets = shelves[how]
+                if tickets is None:
+                    tickets = shelves[how] = OrderedDict()
+                tickets[ticket] = tickets.get(ticket, 0) + 1
+        return ticket
+
+    def leave(self, ticket: Ticket[O], claims: Sequence[ResourceClaim] | None = None) -> list[Ticket[O]]:
+        """Take back *claims* of a ticket, or all of it; return the tickets that are clear by that, oldest first."""
+        for claim in ticket.claims if claims is None else claims:
+            for resource, how in _notes(claim):
+                self._remove(ticket, resource, how)
+        if ticket.waits_for is not None:
+            assert ticket.waits_for._watched_by is not None
+            del ticket.waits_for._watched_by[ticket]
+            ticket.waits_for = None
+        if not ticket._watched_by:
+            return []
+        watching, ticket._watched_by = sorted(ticket._watched_by, key=_number_of), None
+        for other in watching:
+            other.waits_for = None
+            self._watch(other)
+        return [other for other in watching if other.waits_for is None]
+
+    def in_the_way_of(self, ticket: Ticket[O], *, newest_first: bool = False) -> tuple[Ticket[O], str] | None:
+        """Return an earlier ticket of another owner that is in the way, and the claimed resource over which."""
+        for claim in ticket.claims:
+            for tickets in self._in_the_way(claim):
+                for other in reversed(tickets) if newest_first else tickets:
+                    if other.number >= ticket.number:
+                        break  # only when it looks again, oldest first: all others are later still
+                    if other.owner != ticket.owner:
+                        return other, claim.resource
+        return None
+
+    def owner_of(self, claim: ResourceClaim) -> O | None:
+        """Return the owner of a clear ticket that overlaps *claim* and does not go together with it."""
+        for tickets in self._in_the_way(claim):
+            for other in tickets:
+                if other.waits_for is None:
+                    return other.owner
+        return None
+
+    def _in_the_way(self, claim: ResourceClaim) -> Iterator[OrderedDict[Ticket[O], int]]:
+        for resource, how in _notes(claim):
+            shelves = self._noted.get(resource)
+            if shelves is not None:
+                for other_how in _IN_THE_WAY[how]:
+                    tickets = shelves[other_how]
+                    if tickets is not None:
+                        yield tickets
+
+    def _watch(self, ticket: Ticket[O], *, newest_first: bool = False) -> None:
+        found = self.in_the_way_of(ticket, newest_first=newest_first)
+        if found is not None:
+            ticket.waits_for = found[0]
+            if ticket.waits_for._watched_by is None:
+                ticket.waits_for._watched_by = {}
+            ticket.waits_for._watched_by[ticket] = None
+
+    def _remove(self, ticket: Ticket[O], resource: str, how: int) -> None:
+        shelves = self._noted[resource]
+        tickets = shelves[how]
+        assert tickets is not None
+        tickets[ticket] -= 1
+        if not tickets[ticket]:
+            del tickets[ticket]
+            if not tickets:
+                shelves[how] = None
+                if not any(shelves):
+                    del self._noted[resource]
+
+
+def find_overlap(claims: Iterable[tuple[O, Sequence[ResourceClaim]]]) -> tuple[str, O, O] | None:
+    """Return the first resource that two owners claim and cannot hold together, with both owners, if there is one.
+
+    An owner's own claims may overlap each other.
+    """
+    queue: ClaimQueue[O] = ClaimQueue()
+    for owner, own in claims:
+        ticket = queue.enter(owner, own)
+        if ticket.waits_for is not None:
+            found = queue.in_the_way_of(ticket)
+            assert found is not None
+            return found[1], found[0].owner, owner
+    return None
+
+
+def _number_of(ticket: Ticket[O]) -> int:
+    return ticket.number
+
+
+def _notes(claim: ResourceClaim) -> Sequence[tuple[str, int]]:
+    """Return where a claim is noted, and how."""
+    is_shared = claim.mode is ClaimMode.SHARED
+    at = (claim.resource, _AT_SHARED if is_shared else _AT)
+    if claim.within is not None:
+        folders: Sequence[str] = (claim.within, *_folders_above(claim.within))
+    elif claim.resource.startswith(PATH):
+        folders = _folders_above(claim.resource)
+    else:
+        return (at,)
+    below = _BELOW_SHARED if is_shared else _BELOW
+    return (at, *((folder, below) for folder in folders))
+
+
+def _folders_above(resource: str) -> Sequence[str]:
+    """Return the resources of the folders in which a file or folder lies, from the innermost to the root."""
+    folder, slash, name = resource.rpartition("/")
+    if not slash or not name:
+        return ()
+    return _with_those_above(folder if folder != PATH else f"{PATH}/")
+
+
+@lru_cache(maxsize=4096)
+def _with_those_above(folder: str) -> tuple[str, ...]:
+    return (folder, *_folders_above(folder))
