@@ -17,6 +17,7 @@ from ._executor import ParallelExecutor as ParallelExecutor
 from ._models import AgentAssignment as AgentAssignment
 from ._models import AgentIdentity as AgentIdentity
 from ._models import ChatMessage as ChatMessage
+from ._models import ClaimPolicy as ClaimPolicy
 from ._models import CompletionConfig as CompletionConfig
 from ._models import ParallelExecutionGroup as ParallelExecutionGroup
 from ._models import Task as Task
@@ -38,10 +39,13 @@ from .events import Observer as Observer
 from .events import ParallelEvent as ParallelEvent
 from .locks import ClaimLock as ClaimLock
 from .locks import InMemoryResourceLock as InMemoryResourceLock
+from .locks import NEVER_LOST as NEVER_LOST
 from .locks import Lease as Lease
+from .locks import Lost as Lost
 from .locks import ResourceLock as ResourceLock
 
 __all__ = [
+    "NEVER_LOST",
     "AgentAssignment",
     "AgentEngine",
     "AgentFailedError",
@@ -51,6 +55,7 @@ __all__ = [
     "ChatMessage",
     "ClaimLock",
     "ClaimMode",
+    "ClaimPolicy",
     "CompletionConfig",
     "CooperativeTimeout",
     "EngineUnavailableError",
@@ -60,6 +65,7 @@ __all__ = [
     "InMemoryResourceLock",
     "InvalidPlanError",
     "Lease",
+    "Lost",
     "Observer",
     "OutcomeStatus",
     "ParallelAgentsError",

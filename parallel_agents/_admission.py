@@ -1,27 +1,64 @@
-"""Admission: which assignment may start now. Pure and synchronous, so that each answer is one atomic step.
+"""Admission: which assignment may start now, and why not. Pure and synchronous, so that each answer is one atomic step.
 
-Knows positions in a group, nothing else: no tasks, no clock, no engine.
+Knows positions in a group and what they claim, nothing else: no tasks, no clock, no engine, no locks.
 """
+
+from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
+
+from ._claim_queue import ClaimQueue, Ticket
+from ._claims import ResourceClaim
 
 
 class Admission:
-    """Hands out the positions of a group's assignments, in order and each at most once.
+    """Hands out the positions of a group's assignments, each at most once, in order among those that may start.
+
+    A position whose turn has come stays in line for its claims until it is finished, and those that overlap it are
+    passed over meanwhile.
 
     Args:
         total: How many assignments there are.
         max_concurrency: The most that may run at the same time; ``None`` is no limit.
+        claims_of: What the assignment at a position needs for itself among the others; ``None`` if none needs anything.
     """
 
-    __slots__ = ("_next", "_running", "_total", "_withdrawn", "has_queued", "limit")
+    __slots__ = (
+        "_claims_of",
+        "_is_closed",
+        "_next",
+        "_postponed",
+        "_queue",
+        "_returned",
+        "_running",
+        "_tickets",
+        "_total",
+        "_withdrawn",
+        "has_ready",
+        "limit",
+        "passed_over",
+    )
 
-    def __init__(self, total: int, max_concurrency: int | None) -> None:
+    def __init__(
+        self,
+        total: int,
+        max_concurrency: int | None,
+        claims_of: Callable[[int], Sequence[ResourceClaim]] | None = None,
+    ) -> None:
         self.limit = total if max_concurrency is None else min(total, max_concurrency)
-        self.has_queued = total > 0
-        """Whether any assignment may still start, now or later."""
+        self.has_ready = total > 0
+        """Whether ``take()`` may find one that can start, now or as soon as there is room."""
+        self.passed_over: list[int] = []
+        """Positions whose turn came before that of their claims; for the caller to take note of, and to clear."""
+        self._claims_of = claims_of
         self._total = total
         self._next = 0
         self._running = 0
         self._withdrawn: set[int] = set()
+        self._queue: ClaimQueue[int] = ClaimQueue()
+        self._tickets: dict[int, Ticket[int]] = {}
+        self._postponed: set[int] = set()
+        self._returned: list[int] = []
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"Admission(next={self._next}, total={self._total}, running={self._running}, limit={self.limit})"
@@ -29,35 +66,96 @@ class Admission:
     def take(self) -> int | None:
         """Return the position that starts now, or ``None`` if none may.
 
-        A position that was taken counts as running until ``finish()``.
+        A position that was taken counts as running until ``finish()`` or ``postpone()``.
         """
-        position = self._next
-        if not self.has_queued or self._running >= self.limit:
+        if not self.has_ready or self._running >= self.limit:
             return None
-        self._running += 1
-        self._move_on(position + 1)
+        position = heappop(self._returned) if self._returned else self._take_next()
+        self.has_ready = bool(self._returned) or self._next < self._total
+        if position is not None:
+            self._running += 1
         return position
 
-    def finish(self) -> None:
-        """Note that one of those that were taken has ended."""
+    def finish(self, position: int) -> None:
+        """Note that one of those that were taken has ended; those it was in the way of may start."""
         self._running -= 1
+        if self._tickets:
+            self._let_go(position)
+
+    def postpone(self, position: int) -> None:
+        """Take back that a position runs, until ``resume()``; it stays in line for its claims."""
+        self._running -= 1
+        self._postponed.add(position)
+
+    def resume(self, position: int) -> None:
+        """Let a postponed position start when there is room; before all that come after it."""
+        self._postponed.remove(position)
+        self._return(position)
 
     def withdraw(self, position: int) -> bool:
-        """Take a position out of the queue; return whether it was still in it."""
-        if not self._next <= position < self._total or position in self._withdrawn:
+        """Take a position out that has not started; return whether there was one: False if it runs, or ran."""
+        if self._next <= position < self._total and position not in self._withdrawn:
+            self._withdrawn.add(position)
+            self._move_on(self._next)
+            self.has_ready = bool(self._returned) or self._next < self._total
+            return True
+        if position in self._postponed:
+            self._postponed.remove(position)
+        elif position in self._returned:
+            self._returned.remove(position)
+            heapify(self._returned)
+            self.has_ready = bool(self._returned) or self._next < self._total
+        elif not self.is_passed_over(position):
             return False
-        self._withdrawn.add(position)
-        self._move_on(self._next)
+        self._let_go(position)
         return True
 
     def close(self) -> None:
         """Let nothing start any more."""
+        self._is_closed = True
         self._total = self._next
-        self.has_queued = False
+        self._returned.clear()
+        self.has_ready = False
+
+    def is_passed_over(self, position: int) -> bool:
+        """Whether the turn of a position has come, but not that of its claims."""
+        ticket = self._tickets.get(position)
+        return ticket is not None and ticket.waits_for is not None
+
+    def in_the_way_of(self, position: int) -> tuple[int, str]:
+        """Return an earlier position that one that was passed over waits for, and over which resource."""
+        found = self._queue.in_the_way_of(self._tickets[position])
+        assert found is not None, "only for positions that are passed over"
+        return found[0].owner, found[1]
+
+    def _take_next(self) -> int | None:
+        """Return the next position in order that may start; those that may not get their turn later."""
+        while self._next < self._total:
+            position = self._next
+            self._move_on(position + 1)
+            claims = None if self._claims_of is None else self._claims_of(position)
+            if not claims:
+                return position
+            ticket = self._tickets[position] = self._queue.enter(position, claims)
+            if ticket.waits_for is None:
+                return position
+            self.passed_over.append(position)
+        return None
 
     def _move_on(self, position: int) -> None:
         while position in self._withdrawn:
             self._withdrawn.remove(position)
             position += 1
         self._next = position
-        self.has_queued = position < self._total
+
+    def _let_go(self, position: int) -> None:
+        """Take a position out of the line for its claims, and return those that it was in the way of."""
+        ticket = self._tickets.pop(position, None)
+        if ticket is not None:
+            for cleared in self._queue.leave(ticket):
+                self._return(cleared.owner)
+
+    def _return(self, position: int) -> None:
+        if not self._is_closed:
+            heappush(self._returned, position)
+            self.has_ready = True

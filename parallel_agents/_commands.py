@@ -223,7 +223,7 @@ def _load(
     changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     try:
         plan = attrs.evolve(plan, group=attrs.evolve(plan.group, **changes))
-        refuse_overlaps(plan.group.assignments, ())
+        refuse_overlaps(plan.group, ())
     except (ValueError, ParallelAgentsError) as error:
         raise _CannotGoOnError(str(error)) from error
     return plan

@@ -1,35 +1,61 @@
-"""The claims that a group holds: taken for all assignments before any starts, given back one assignment at a time.
+"""The claims that a group holds: taken before it starts or one assignment at a time, given back one at a time.
 
 Knows locks as protocols. What goes wrong on giving back is collected, because it must not hide an agent's outcome.
 """
 
+import math
+import random
 import secrets
 from collections.abc import Awaitable, Sequence
 
 import anyio
 
-from ._claim_queue import find_overlap
+from ._claim_queue import ClaimQueue, find_overlap
 from ._claims import ResourceClaim
-from ._errors import ResourceConflictError
-from ._models import AgentAssignment
+from ._errors import ParallelAgentsError, ResourceConflictError
+from ._models import AgentAssignment, ClaimPolicy, ParallelExecutionGroup
 from .events import PARALLEL_LOCK_RELEASE_ERROR, GroupEvents, error_text
-from .locks._protocol import ClaimLock, Lease, ResourceLock
+from .locks._protocol import NEVER_LOST, ClaimLock, Lease, Lost, ResourceLock
 
 RELEASE_SECONDS = 5.0
 """How long giving back the locks of one assignment may take; then it counts as failed."""
 
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 1.0
+"""How long to wait before asking a lock of single resources again; twice as long each time, from one to the other."""
 
-def refuse_overlaps(assignments: Sequence[AgentAssignment], enclosing: Sequence[AgentAssignment]) -> None:
-    """Refuse claims that overlap inside a group, or with what an enclosing assignment holds.
+
+def refuse_overlaps(group: ParallelExecutionGroup, enclosing: Sequence[AgentAssignment]) -> None:
+    """Refuse claims that overlap what an enclosing assignment holds, or, under ``REJECT``, each other.
 
     Raises:
         ResourceConflictError: Naming the resource and both agents.
+        ParallelAgentsError: If the group could wait without end for what others hold, who wait for what encloses it.
     """
-    claims = [(a.agent_id, a.resource_claims) for a in (*enclosing, *assignments) if a.resource_claims]
-    overlap = find_overlap(claims)
-    if overlap is not None:
-        resource, holder, claimant = overlap
-        raise ResourceConflictError(resource, holder, claimant)
+    claiming = [a for a in group.assignments if a.resource_claims]
+    if group.claim_policy is ClaimPolicy.REJECT:
+        overlap = find_overlap((a.task_id, a.resource_claims) for a in claiming)
+        if overlap is not None:
+            resource, *tasks = overlap
+            agents = {a.task_id: a.agent_id for a in claiming}
+            raise ResourceConflictError(resource, *(agents[task_id] for task_id in tasks))
+    holding = [a for a in enclosing if a.resource_claims]
+    if not claiming or not holding:
+        return
+    queue: ClaimQueue[str] = ClaimQueue()
+    for a in holding:
+        queue.enter("enclosing", a.resource_claims)
+    for a in claiming:
+        ticket = queue.enter(a.task_id, a.resource_claims)
+        if (found := queue.in_the_way_of(ticket)) is not None:
+            holder = next(h for h in holding if h.resource_claims is found[0].claims)
+            raise ResourceConflictError(found[1], holder.agent_id, a.agent_id)
+        queue.leave(ticket)
+    if group.claim_policy is ClaimPolicy.WAIT and group.claim_timeout_seconds is None:
+        raise ParallelAgentsError(
+            f"Group {group.group_id!r} waits for claims inside agent {holding[0].agent_id!r}, which holds some: two "
+            "such agents could wait for each other without end. Set claim_timeout_seconds, or claim all of it outside"
+        )
 
 
 class HeldClaims:
@@ -37,49 +63,63 @@ class HeldClaims:
 
     Args:
         lock: Where claims are taken.
-        group_id: Names the group in the holders.
-        assignments: In the order of their positions.
+        group: Whose claims they are.
         events: Where failures to give back are told.
     """
 
-    def __init__(
-        self, lock: ResourceLock, group_id: str, assignments: Sequence[AgentAssignment], events: GroupEvents
-    ) -> None:
+    def __init__(self, lock: ResourceLock, group: ParallelExecutionGroup, events: GroupEvents) -> None:
         self._lock = lock
         self._claim_lock = lock if isinstance(lock, ClaimLock) else None
         self._events = events
-        self._claimed = {p: a for p, a in enumerate(assignments) if a.resource_claims}
+        self._claimed = {p: a for p, a in enumerate(group.assignments) if a.resource_claims}
         execution = secrets.token_hex(8)
-        self._holders = {p: f"{group_id}:{a.task_id}#{execution}" for p, a in self._claimed.items()}
+        self._holders = {p: f"{group.group_id}:{a.task_id}#{execution}" for p, a in self._claimed.items()}
+        self._agents = {self._holders[p]: a.agent_id for p, a in self._claimed.items()}
+        self._unfinished: list[Awaitable[None]] = []
+        self.are_needed = bool(self._claimed)
         self.leases: dict[int, Lease | _PlainLease] = {}
         self.errors: list[Exception] = []
 
+    def lack(self, position: int) -> bool:
+        """Whether an assignment does not hold what it claims: not yet, or not any more."""
+        lease = self.leases.get(position)
+        return position in self._claimed and (lease is None or lease.lost.is_set())
+
     async def take_all(self) -> None:
-        """Take every claim, or none.
+        """Take every claim of the group now, or none.
 
         Raises:
             ResourceConflictError: If somebody outside the group holds one; what was taken is given back.
         """
         try:
-            for position, assignment in self._claimed.items():
-                await self._take(position, assignment)
+            for position in self._claimed:
+                await self.take(position, 0)
         except BaseException:
             await self.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
             raise
 
-    async def _take(self, position: int, assignment: AgentAssignment) -> None:
-        holder = self._holders[position]
+    async def take(self, position: int, timeout_seconds: float | None) -> None:
+        """Take the claims of one assignment, or none of them.
+
+        Raises:
+            ResourceConflictError: If they are not to be had in time.
+        """
+        claims, holder = self._claimed[position].resource_claims, self._holders[position]
+        self.give_back_later(position)  # there is something only if it was lost
         try:
             if self._claim_lock is not None:
-                claims = assignment.resource_claims
-                self.leases[position] = await self._claim_lock.acquire_claims(claims, holder, timeout_seconds=0)
+                lease = await self._claim_lock.acquire_claims(claims, holder, timeout_seconds=timeout_seconds)
+                self.leases[position] = lease
             else:
-                self.leases[position] = lease = _PlainLease(self._lock, assignment.resource_claims, holder)
-                await lease.take()
-        except ResourceConflictError as error:
-            other = next((p for p, h in self._holders.items() if h == error.holder), None)
-            current = error.holder if other is None else self._claimed[other].agent_id
-            raise ResourceConflictError(error.resource, current, assignment.agent_id) from error
+                self.leases[position] = plain_lease = _PlainLease(self._lock, claims, holder)
+                await plain_lease.take(timeout_seconds)
+        except BaseException as error:
+            if (pending := self.give_back(position)) is not None:
+                await self.finish(pending)  # noqa: ASYNC102 - it is shielded and bounded itself
+            if isinstance(error, ResourceConflictError):
+                current = self._agents.get(error.holder, error.holder)
+                raise ResourceConflictError(error.resource, current, self._claimed[position].agent_id) from error
+            raise
 
     def give_back(self, position: int) -> Awaitable[None] | None:
         """Give back what one assignment holds; return what is left to wait for, with ``finish()``, if anything."""
@@ -92,6 +132,12 @@ class HeldClaims:
             self._note(error)
             return None
 
+    def give_back_later(self, position: int) -> None:
+        """Give back what one assignment holds; what there is to wait for is left to ``give_back_all()``."""
+        pending = self.give_back(position)
+        if pending is not None:
+            self._unfinished.append(pending)
+
     async def finish(self, pending: Awaitable[None]) -> None:
         """Wait until the locks are given back, for ``RELEASE_SECONDS`` at most. Shielded from cancellation."""
         try:
@@ -103,9 +149,9 @@ class HeldClaims:
     async def give_back_all(self) -> None:
         """Give back whatever is still held. Shielded from cancellation, bounded like ``finish()``."""
         for position in tuple(self.leases):
-            pending = self.give_back(position)
-            if pending is not None:
-                await self.finish(pending)
+            self.give_back_later(position)
+        while self._unfinished:
+            await self.finish(self._unfinished.pop(0))
 
     def _note(self, error: Exception) -> None:
         self.errors.append(error)
@@ -115,29 +161,49 @@ class HeldClaims:
 class _PlainLease:
     """The claims of one holder on a lock that knows single resources only; shared claims are taken as exclusive."""
 
+    lost: Lost = NEVER_LOST
+
     def __init__(self, lock: ResourceLock, claims: Sequence[ResourceClaim], holder: str) -> None:
         self._lock = lock
+        self.claims = tuple(claims)
         self._resources = sorted(claim.resource for claim in claims)
         self._holder = holder
         self._attempted: list[str] = []
 
-    async def take(self) -> None:
+    async def take(self, timeout_seconds: float | None) -> None:
+        """Take all or none; ask again after a while, and then after a longer one, until the time is over."""
+        deadline = math.inf if timeout_seconds is None else anyio.current_time() + timeout_seconds
+        pause = FIRST_PAUSE_SECONDS
+        while (refused := await self._take_now()) is not None:
+            current = self._lock.holder_of(refused)
+            await self.release()
+            now = anyio.current_time()
+            if now >= deadline:
+                raise ResourceConflictError(refused, current or "another holder", self._holder)
+            pause_ends = now + pause * random.uniform(0.5, 1)  # noqa: S311 - so that two who met do not meet again
+            await anyio.sleep_until(min(pause_ends, deadline))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _take_now(self) -> str | None:
+        """Take what can be taken, in sorted order, so that two who want the same meet at the first of it."""
         for resource in self._resources:
             self._attempted.append(resource)  # before the await: it may be held although the call did not return
             if not await self._lock.acquire(resource, self._holder):
                 self._attempted.pop()
-                current = self._lock.holder_of(resource)
-                raise ResourceConflictError(resource, current or "another holder", self._holder)
+                return resource
+        return None
 
     async def release(self) -> None:
+        attempted = tuple(self._attempted)
         errors: list[Exception] = []
-        for resource in self._attempted:
+        for resource in attempted:
             try:
                 # each has its share of the time, so that one that hangs does not keep the others
-                with anyio.fail_after(RELEASE_SECONDS / len(self._attempted)):
+                with anyio.fail_after(RELEASE_SECONDS / len(attempted)):
                     await self._lock.release(resource, self._holder)
             except Exception as error:  # noqa: BLE001 - told later; the other locks must be tried too
                 error.add_note(f"while giving back {resource!r}")
                 errors.append(error)
+            self._attempted.remove(resource)
         if errors:
             raise ExceptionGroup("locks could not be given back", errors)

@@ -5,6 +5,7 @@ Knows nothing of how agents are run, where values come from, or of JSON.
 
 from collections import Counter
 from collections.abc import Iterable
+from enum import StrEnum, auto
 from typing import Any, Self
 
 from attrs import Factory, field, fields_dict, frozen
@@ -193,15 +194,21 @@ class AgentAssignment:
         return self.task.id
 
 
+class ClaimPolicy(StrEnum):
+    """What is done about claims that overlap."""
+
+    REJECT = auto()
+    """The group is refused before anything runs; all claims are held from its start on."""
+    WAIT = auto()
+    """Assignments that overlap run one after another; each takes its claims when its turn comes."""
+
+
 def _ids_are_unique(_instance: object, _attribute: Any, assignments: tuple[AgentAssignment, ...]) -> None:
     if not assignments:
         raise ValueError("assignments must hold at least one assignment")
     if len({a.task.id for a in assignments}) < len(assignments):
         repeated = _repeated(a.task_id for a in assignments)
         raise ValueError(f"Duplicate task IDs: {', '.join(repeated)}. Give each task its own.")
-    if len({a.identity.id for a in assignments}) < len(assignments):
-        repeated = _repeated(a.agent_id for a in assignments)
-        raise ValueError(f"Duplicate agent IDs: {', '.join(repeated)}. Give each agent its own.")
 
 
 @frozen(kw_only=True)
@@ -213,6 +220,10 @@ class ParallelExecutionGroup:
         assignments: At least one; task ids and agent ids are unique.
         max_concurrency: The most engine calls at the same time; ``None`` is no limit.
         fail_fast: Whether the first failure stops the rest.
+        claim_policy: What is done about claims that overlap each other, or what is held outside the group.
+        claim_timeout_seconds: With ``WAIT``: how long an assignment whose turn has come waits for its claims before
+            it is given up; ``None`` is as long as it takes.
+        allow_shared_agents: Whether an agent may have several tasks; they run one after another.
     """
 
     group_id: str = field(validator=not_blank)
@@ -221,6 +232,18 @@ class ParallelExecutionGroup:
     )
     max_concurrency: int | None = field(default=None, validator=optional(integer(at_least=1)))
     fail_fast: bool = field(default=False, validator=is_flag)
+    claim_policy: ClaimPolicy = field(default=ClaimPolicy.REJECT, validator=is_a(ClaimPolicy))
+    claim_timeout_seconds: float | None = field(default=None, validator=optional(number(above=0)))
+    allow_shared_agents: bool = field(default=False, validator=is_flag)
+
+    def __attrs_post_init__(self) -> None:
+        if self.claim_timeout_seconds is not None and self.claim_policy is not ClaimPolicy.WAIT:
+            raise ValueError("claim_timeout_seconds needs claim_policy WAIT: with REJECT nobody waits for claims")
+        if not self.allow_shared_agents and len({a.identity.id for a in self.assignments}) < len(self.assignments):
+            repeated = _repeated(a.agent_id for a in self.assignments)
+            raise ValueError(
+                f"Duplicate agent IDs: {', '.join(repeated)}. Give each agent its own, or set allow_shared_agents."
+            )
 
     @classmethod
     def map(cls, group_id: str, identity: AgentIdentity, tasks: Iterable[Task], **options: Any) -> Self:
@@ -257,6 +280,7 @@ __all__ = [
     "AgentAssignment",
     "AgentIdentity",
     "ChatMessage",
+    "ClaimPolicy",
     "CompletionConfig",
     "ParallelExecutionGroup",
     "ResourceClaim",

@@ -9,7 +9,7 @@ Knows engines and locks as protocols only.
 
 import math
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
 from enum import Enum, auto
@@ -21,6 +21,7 @@ from anyio.abc import TaskGroup
 from attrs import define
 
 from ._admission import Admission
+from ._claims import ResourceClaim
 from ._context import RunContext, _current
 from ._drive import drive
 from ._endings import (
@@ -35,7 +36,7 @@ from ._endings import (
 )
 from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConflictError
 from ._holding import HeldClaims, refuse_overlaps
-from ._models import NO_USAGE, AgentAssignment, ParallelExecutionGroup, Usage
+from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, ParallelExecutionGroup, Usage
 from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
 from ._shutdown import ShutdownManager
 from ._slots import Slot
@@ -45,6 +46,7 @@ from .events import (
     PARALLEL_AGENT_COMPLETE,
     PARALLEL_AGENT_ERROR,
     PARALLEL_AGENT_START,
+    PARALLEL_AGENT_WAITING,
     PARALLEL_GROUP_COMPLETE,
     PARALLEL_GROUP_SUPPRESSED,
     PARALLEL_PROGRESS_UPDATE,
@@ -54,7 +56,7 @@ from .events import (
     call_quietly,
     error_text,
 )
-from .locks._protocol import ResourceLock
+from .locks._protocol import NEVER_LOST, Lease, ResourceLock
 
 T = TypeVar("T")
 
@@ -80,6 +82,8 @@ class EngineCall(RunContext):
     started: float
     stop: Stop | None = None
     spoiled_its_task: bool = False
+    lease_watch: anyio.CancelScope | None = None
+    lost_claims: str = ""
 
 
 @define(eq=False, kw_only=True)
@@ -103,6 +107,8 @@ class Fitness(Enum):
     """An agent cancelled it natively; it ends, and another takes its place."""
     HOLDS_A_SCOPE = auto()
     """An agent left a cancel scope open in it; another takes its place, and it ends when all else has."""
+    NOT_NEEDED = auto()
+    """There is nothing for it to run now; another takes its place when there is."""
 
 
 class GroupRun(Generic[T]):
@@ -115,7 +121,7 @@ class GroupRun(Generic[T]):
     def __init__(self, group: ParallelExecutionGroup, settings: Settings) -> None:
         self.group = group
         self._settings = settings
-        self._admission = Admission(len(group.assignments), group.max_concurrency)
+        self._admission = Admission(len(group.assignments), group.max_concurrency, _claims_in_turn(group))
         self._outcomes: list[AgentOutcome[T] | None] = [None] * len(group.assignments)
         self._order: list[int] = []
         self._news: anyio.Event | None = None
@@ -132,7 +138,7 @@ class GroupRun(Generic[T]):
             self._started,
             lambda order: this._end_for_callback(order),  # noqa: PLW0108 - its bound method would be strong
         )
-        self._claims = HeldClaims(settings.resource_lock, group.group_id, group.assignments, self._events)
+        self._claims = HeldClaims(settings.resource_lock, group, self._events)
         self._enclosing = _enclosing_call()
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
         self._is_watched = False
@@ -144,6 +150,10 @@ class GroupRun(Generic[T]):
         self._block_is_over = False
         self._all_else_ended = anyio.Event()
         self._waiting: set[anyio.CancelScope] = set()
+        self._claiming: dict[int, anyio.CancelScope] = {}
+        self._claiming_in_vain = 0
+        self._claim_deadlines: dict[int, float] = {}
+        self._deadline_watch: anyio.CancelScope | None = None
         self._running: dict[int, EngineCall] = {}
         self._stopped: Stop | None = None
         self._grace_ends = math.inf
@@ -198,11 +208,7 @@ class GroupRun(Generic[T]):
         if (call := self._running.get(position)) is not None:
             self._stop_call(call, TASK_CANCELLED)
             return True
-        if not self._admission.withdraw(position):
-            return False
-        self._record(position, self._unstarted(position, TASK_CANCELLED))
-        self._call_or_dismiss_workers()
-        return True
+        return self._give_up(position, self._unstarted(position, TASK_CANCELLED))
 
     def __aiter__(self) -> "OutcomeIterator[T]":
         return OutcomeIterator(self)
@@ -218,7 +224,8 @@ class GroupRun(Generic[T]):
         )
         try:
             self._validate()
-            await self._claims.take_all()
+            if group.claim_policy is ClaimPolicy.REJECT:
+                await self._claims.take_all()
             async with self._working():
                 yield self
         except BaseException as error:
@@ -295,7 +302,7 @@ class GroupRun(Generic[T]):
                 raise ParallelAgentsError(
                     f"Groups are nested {self._depth} deep, more than {MAX_NESTING}. Give the work to one flat group"
                 )
-            refuse_overlaps(self.group.assignments, self._enclosing_assignments())
+            refuse_overlaps(self.group, self._enclosing_assignments())
             if isinstance(self._settings.engine, ChecksAssignments):
                 for assignment in self.group.assignments:
                     self._settings.engine.check(assignment)
@@ -359,7 +366,7 @@ class GroupRun(Generic[T]):
             fitness = await self._pull()
         finally:
             self._workers -= 1
-            if self._admission.has_queued and not self._workers_suffice():
+            if self._admission.has_ready and not self._workers_suffice():
                 self._spawn_worker()
             elif not self._workers:
                 self._settle()
@@ -374,7 +381,7 @@ class GroupRun(Generic[T]):
         fitness = Fitness.FIT
         if task.has_pending_cancellation():  # nothing ran in this task yet: it is the group that is cancelled
             self._stop_all(CALLER_CANCELLED)
-        while fitness is Fitness.FIT and self._admission.has_queued and not task.has_pending_cancellation():
+        while fitness is Fitness.FIT and self._admission.has_ready and not task.has_pending_cancellation():
             fitness = await self._work_in_one_scope(task)
         if fitness is not Fitness.HOLDS_A_SCOPE and task.has_pending_cancellation():
             await self._take_cancellation(task)
@@ -406,7 +413,7 @@ class GroupRun(Generic[T]):
 
     def _call_or_dismiss_workers(self) -> None:
         """After an assignment was taken: start the next worker, or send those away for whom nothing is left."""
-        if not self._admission.has_queued:
+        if not self._admission.has_ready:
             for scope in self._waiting:
                 scope.cancel()
         elif not self._workers_suffice():
@@ -414,7 +421,7 @@ class GroupRun(Generic[T]):
 
     def _workers_suffice(self) -> bool:
         """Whether another worker would find nothing to do, or only wait beside one that waits for a slot already."""
-        return self._workers >= self._admission.limit or bool(self._waiting)
+        return self._workers - self._claiming_in_vain >= self._admission.limit or bool(self._waiting)
 
     async def _work_in_one_scope(self, task: anyio.TaskInfo) -> "Fitness":
         """Run assignments until the scope is used up; return what became of the task."""
@@ -443,17 +450,28 @@ class GroupRun(Generic[T]):
         deadline = anyio.current_effective_deadline()
         limiter = self._settings.limiter
         now = self._clock()
-        while self._admission.has_queued:
+        while self._admission.has_ready:
             slot = None if limiter is None else Slot(limiter)
             if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
                 now = self._clock()
             position = self._admission.take()
+            if self._admission.passed_over:
+                self._note_passed_over()
             if position is None:
-                assert slot is not None, "nobody else takes what is queued, except while one waits for a slot"
-                slot.give_back()
-                return Fitness.FIT
+                if slot is not None:
+                    slot.give_back()
+                return Fitness.NOT_NEEDED
             self._call_or_dismiss_workers()
+            if self._claims.are_needed and self._claims.lack(position):
+                self._admission.postpone(position)
+                if slot is not None:
+                    slot.give_back()
+                await self._claim(position, scope)
+                now = self._clock()
+                if scope.cancel_called:
+                    return Fitness.FIT
+                continue
             call = self._start_call(position, scope, slot, now)
             now = await self._run_call(call, task)
             if call.spoiled_its_task:
@@ -473,6 +491,104 @@ class GroupRun(Generic[T]):
         finally:
             self._waiting.discard(scope)
 
+    # Waiting for claims
+
+    async def _claim(self, position: int, scope: anyio.CancelScope) -> None:
+        """Take the claims of one assignment, which then starts as soon as there is room; or give it its outcome."""
+        self._claiming[position] = scope
+        try:
+            try:
+                await self._claims.take(position, 0)
+            except ResourceConflictError as conflict:
+                if self.group.claim_policy is ClaimPolicy.REJECT:
+                    raise
+                await self._wait_for_claims(position, conflict)
+            finally:
+                del self._claiming[position]
+        except ResourceConflictError as error:
+            self._refuse(position, error.resource, error.holder)
+        except anyio.get_cancelled_exc_class():
+            self._give_up(position, self._unstarted(position, self._stopped or CALLER_CANCELLED))
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a user's lock raises
+            self._fail_unstarted(position, OutcomeStatus.FAILED, f"Claims not taken: {error_text(error)}", error)
+        if self._outcomes[position] is None:
+            self._admission.resume(position)
+        elif (still_held := self._claims.give_back(position)) is not None:
+            await self._claims.finish(still_held)
+
+    async def _wait_for_claims(self, position: int, conflict: ResourceConflictError) -> None:
+        self._tell_waiting(position, conflict.resource, conflict.holder)
+        timeout = self.group.claim_timeout_seconds
+        if position in self._claim_deadlines and timeout is not None:
+            timeout = max(0.0, self._claim_deadlines[position] - self._clock())
+        self._claiming_in_vain += 1
+        try:
+            self._call_or_dismiss_workers()
+            await self._claims.take(position, timeout)
+        finally:
+            self._claiming_in_vain -= 1
+
+    def _note_passed_over(self) -> None:
+        """Take note of those whose turn came while others of the group have their claims."""
+        passed_over = tuple(self._admission.passed_over)
+        self._admission.passed_over.clear()
+        if self._events.are_heard:
+            for position in passed_over:
+                other, resource = self._admission.in_the_way_of(position)
+                self._tell_waiting(position, resource, self.group.assignments[other].agent_id)
+        if self.group.claim_timeout_seconds is not None:
+            deadline = self._clock() + self.group.claim_timeout_seconds
+            self._claim_deadlines.update((position, deadline) for position in passed_over)
+            if self._deadline_watch is None:
+                self._deadline_watch = anyio.CancelScope()
+                self._tasks.start_soon(self._watch_claim_deadlines, self._deadline_watch)
+
+    async def _watch_claim_deadlines(self, scope: anyio.CancelScope) -> None:
+        """Give up those that still wait for others of the group when their time is over."""
+        with scope:
+            while self._claim_deadlines:
+                position, deadline = next(iter(self._claim_deadlines.items()))
+                await anyio.sleep_until(deadline)
+                if self._admission.is_passed_over(position):
+                    other, resource = self._admission.in_the_way_of(position)
+                    agent_id = self.group.assignments[other].agent_id
+                    self._refuse(position, resource, agent_id)
+                del self._claim_deadlines[position]
+        self._deadline_watch = None
+
+    def _give_up(self, position: int, outcome: AgentOutcome[T]) -> bool:
+        """Give an assignment that has not started its outcome; return whether it was one."""
+        if not self._admission.withdraw(position):
+            return False
+        if (scope := self._claiming.get(position)) is not None:
+            scope.cancel()
+        self._claims.give_back_later(position)
+        self._record(position, outcome)
+        self._call_or_dismiss_workers()
+        return True
+
+    def _refuse(self, position: int, resource: str, holder: str) -> None:
+        seconds = self.group.claim_timeout_seconds
+        what = "Lost its claim before it started" if seconds is None else f"Claim not to be had within {seconds:g} s"
+        error = f"{what}: {resource!r} is held by {holder!r}"
+        self._fail_unstarted(position, OutcomeStatus.REJECTED, error)
+
+    def _fail_unstarted(
+        self, position: int, status: OutcomeStatus, error: str, exception: Exception | None = None
+    ) -> None:
+        """Give up an assignment for a reason of its own; that is a failure like any other."""
+        outcome = self._never_ran(position, status, error, exception)
+        if self._give_up(position, outcome) and self.group.fail_fast:
+            self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
+
+    async def _watch_lease(self, call: EngineCall, lease: Lease, scope: anyio.CancelScope) -> None:
+        """Stop an agent whose claims are lost: another may have them by now."""
+        with scope:
+            await lease.lost.wait()
+            call.lost_claims = ", ".join(repr(resource) for resource in sorted(c.resource for c in lease.claims))
+            self._stop_call(call, Stop(f"its claim was lost: {call.lost_claims}"))
+
     # One engine call
 
     def _start_call(self, position: int, scope: anyio.CancelScope, slot: Slot | None, now: float) -> EngineCall:
@@ -484,6 +600,10 @@ class GroupRun(Generic[T]):
             self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
         if assignment.timeout_seconds is not None:
             scope.deadline = now + assignment.timeout_seconds
+        lease = self._claims.leases.get(position)
+        if lease is not None and lease.lost is not NEVER_LOST:
+            call.lease_watch = anyio.CancelScope()
+            self._tasks.start_soon(self._watch_lease, call, lease, call.lease_watch)
         return call
 
     async def _run_call(self, call: EngineCall, task: anyio.TaskInfo) -> float:
@@ -504,6 +624,8 @@ class GroupRun(Generic[T]):
             call.scope.deadline = math.inf
         if call.slot is not None:
             call.slot.give_back()
+        if call.lease_watch is not None:
+            call.lease_watch.cancel()
         if self._claims.leases and (still_held := self._claims.give_back(call.position)) is not None:
             await self._claims.finish(still_held)
             now = self._clock()  # the next agent's time does not begin before its call
@@ -516,6 +638,8 @@ class GroupRun(Generic[T]):
             error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=call.usage)
         usage = value.usage if call.usage is NO_USAGE else _larger(value.usage, call.usage)
+        if call.lost_claims:
+            return self._unsuccessful(call, now, OutcomeStatus.FAILED, _lost_text(call), usage=usage)
         if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
             error = (
                 f"The engine returned the result of task {value.task_id!r} and agent {value.agent_id!r} "
@@ -542,6 +666,8 @@ class GroupRun(Generic[T]):
         elif (fatal := fatal_in(error)) is not None:
             self._fatal.append(fatal)
             text = f"Fatal: {error_text(fatal)}"
+        elif call.lost_claims:
+            text = _lost_text(call)
         elif call.stop is None and late:
             status, text = OutcomeStatus.TIMED_OUT, _timeout_text(assignment, error, anyio.get_cancelled_exc_class())
         elif is_cancellation(error, anyio.get_cancelled_exc_class()):
@@ -582,7 +708,7 @@ class GroupRun(Generic[T]):
 
     def _end_call(self, call: EngineCall, outcome: AgentOutcome[T]) -> None:
         """Record the outcome of an engine call, and let it have its consequences."""
-        self._admission.finish()
+        self._admission.finish(call.position)
         if self.group.fail_fast and outcome.status in (OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT):
             self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
         if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
@@ -621,6 +747,8 @@ class GroupRun(Generic[T]):
         if self._stopped is None:
             self._stopped = stop
         self._admission.close()
+        for scope in self._claiming.values():
+            scope.cancel()
         self._call_or_dismiss_workers()
 
     def begin_shutdown(self, grace_seconds: float) -> None:
@@ -648,25 +776,34 @@ class GroupRun(Generic[T]):
 
     def _settle(self) -> None:
         """Give an outcome to everything that never started."""
+        if self._deadline_watch is not None:
+            self._deadline_watch.cancel()
         if len(self._order) == len(self._outcomes):
             return
         self._admission.close()
         stop = self._stopped or CALLER_CANCELLED
         for position, outcome in enumerate(self._outcomes):
             if outcome is None:
+                self._claims.give_back_later(position)
                 self._outcomes[position] = self._unstarted(position, stop)
                 self._order.append(position)
                 self._failed += 1
         self._tell_news()
 
     def _unstarted(self, position: int, stop: Stop) -> AgentOutcome[T]:
+        return self._never_ran(position, stop.status, stop.text_if_queued)
+
+    def _never_ran(
+        self, position: int, status: OutcomeStatus, error: str, exception: Exception | None = None
+    ) -> AgentOutcome[T]:
         assignment = self.group.assignments[position]
         return AgentOutcome(
             task_id=assignment.task_id,
             agent_id=assignment.agent_id,
-            error=stop.text_if_queued,
-            status=stop.status,
+            error=error,
+            status=status,
             attempts=0,
+            exception=exception,
         )
 
     def _position_of(self, task_id: str) -> int:
@@ -701,6 +838,17 @@ class GroupRun(Generic[T]):
                 failed=progress.failed,
                 parked=progress.parked,
                 pending=progress.pending,
+            )
+
+    def _tell_waiting(self, position: int, resource: str, holder: str) -> None:
+        if self._events.are_heard:
+            assignment = self.group.assignments[position]
+            self._events.emit(
+                PARALLEL_AGENT_WAITING,
+                task_id=assignment.task_id,
+                agent_id=assignment.agent_id,
+                resource=resource,
+                holder=holder,
             )
 
     def _tell_ended(self, outcome: AgentOutcome[T]) -> None:
@@ -770,6 +918,28 @@ def _enclosing_call() -> EngineCall | None:
     """Return the engine call that opens a group, if it is one that does."""
     current = _current.get(None)
     return current if isinstance(current, EngineCall) else None
+
+
+def _claims_in_turn(group: ParallelExecutionGroup) -> Callable[[int], Sequence[ResourceClaim]] | None:
+    """Return what the assignment at a position needs for itself among the others of its group, if any needs anything.
+
+    An agent that has several tasks is a resource that its tasks claim.
+    """
+    assignments = group.assignments
+    waits = group.claim_policy is ClaimPolicy.WAIT and any(a.resource_claims for a in assignments)
+    if not group.allow_shared_agents:
+        return (lambda position: assignments[position].resource_claims) if waits else None
+
+    def claims_of(position: int) -> Sequence[ResourceClaim]:
+        assignment = assignments[position]
+        agent = ResourceClaim(resource=f"agent\0{assignment.agent_id}")  # no other resource is named so
+        return (agent, *assignment.resource_claims) if waits else (agent,)
+
+    return claims_of
+
+
+def _lost_text(call: EngineCall) -> str:
+    return f"Lost its claim while it ran: {call.lost_claims}. Another may have worked on it since"
 
 
 def _larger(reported: Usage, metered: Usage) -> Usage:

@@ -18,6 +18,9 @@ PARALLEL_GROUP_COMPLETE: Final = "execution.parallel.group_complete"
 """Info: ``group_id``, ``succeeded``, ``failed``, ``duration_seconds``, ``status``."""
 PARALLEL_AGENT_START: Final = "execution.parallel.agent_start"
 """Info, when the engine call starts: ``group_id``, ``agent_id``, ``task_id``."""
+PARALLEL_AGENT_WAITING: Final = "execution.parallel.agent_waiting"
+"""Debug, when its turn has come but its claims are not to be had: ``group_id``, ``agent_id``, ``task_id``,
+``resource``, ``holder`` (an agent of the group, or the name of a holder outside)."""
 PARALLEL_AGENT_COMPLETE: Final = "execution.parallel.agent_complete"
 """Info, when the engine returned a result: ``group_id``, ``agent_id``, ``task_id``, ``success``."""
 PARALLEL_AGENT_ERROR: Final = "execution.parallel.agent_error"
@@ -45,6 +48,7 @@ _LEVELS: Final = {
     PARALLEL_GROUP_START: "INFO",
     PARALLEL_GROUP_COMPLETE: "INFO",
     PARALLEL_AGENT_START: "INFO",
+    PARALLEL_AGENT_WAITING: "DEBUG",
     PARALLEL_AGENT_COMPLETE: "INFO",
     PARALLEL_AGENT_ERROR: "WARNING",
     PARALLEL_AGENT_CANCELLED: "WARNING",

@@ -32,7 +32,7 @@ def test_each_position_starts_at_most_once_in_order_and_within_the_limit(
             admission.close()
             closed = True
         queued = set() if closed else set(range(total)) - set(taken) - withdrawn
-        assert admission.has_queued == bool(queued)
+        assert admission.has_ready == bool(queued)
         if request == "take":
             got = admission.take()
             if queued and (limit is None or running < limit):
@@ -42,7 +42,7 @@ def test_each_position_starts_at_most_once_in_order_and_within_the_limit(
             else:
                 assert got is None
         elif request == "finish" and running:
-            admission.finish()
+            admission.finish(taken[-1])
             running -= 1
         elif request == "withdraw":
             could = admission.withdraw(position)

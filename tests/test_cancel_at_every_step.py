@@ -19,6 +19,7 @@ from parallel_agents import (
     AgentAssignment,
     AgentIdentity,
     AgentOutcome,
+    ClaimPolicy,
     InMemoryResourceLock,
     OutcomeStatus,
     ParallelExecutionGroup,
@@ -78,6 +79,7 @@ class Scenario:
     options: dict[str, Any] = field(factory=dict)
     timeout_seconds: float | None = None
     claims: bool = False
+    waits: bool = False
     limit: int | None = None
     started: list[str] = field(factory=list)
     closed: list[str] = field(factory=list)
@@ -104,6 +106,11 @@ class Scenario:
             self.closed.append(task_id)
             self.touched_after_the_end |= self.is_over
 
+    def claims_of(self, number: int) -> tuple[str, ...]:
+        if self.waits:
+            return ("outside",) if number == 1 else (f"r{number % 2}", f"s{number % 3}")
+        return (f"r{number}", f"s{number}") if self.claims else ()
+
     def group(self) -> ParallelExecutionGroup:
         return ParallelExecutionGroup(
             group_id="g",
@@ -112,7 +119,7 @@ class Scenario:
                     identity=AgentIdentity(id=f"agent-{n}"),
                     task=Task(id=str(n)),
                     timeout_seconds=self.timeout_seconds,
-                    resource_claims=(f"r{n}", f"s{n}") if self.claims else (),
+                    resource_claims=self.claims_of(n),
                 )
                 for n in range(len(self.behaviours))
             ],
@@ -128,6 +135,12 @@ def scenarios() -> dict[str, Callable[[], Scenario]]:
         "fail fast": lambda: Scenario((cleans_up_slowly, fails_after_one_second, sleeps_one_second) * 2, fail_fast),
         "timeouts": lambda: Scenario(
             (cleans_up_slowly, sleeps_one_second, quick) * 2, {"max_concurrency": 2}, timeout_seconds=1, claims=True
+        ),
+        "waiting": lambda: Scenario(
+            (quick, sleeps_one_second) * 3,
+            {"max_concurrency": 2, "claim_policy": ClaimPolicy.WAIT, "claim_timeout_seconds": 2.5},
+            waits=True,
+            limit=2,
         ),
         "hostile": lambda: Scenario(
             (swallows_its_cancellation, raises_the_cancelled_exception_itself, quick) * 2,
@@ -168,6 +181,8 @@ def run_scenario(backend: str, scenario: Scenario, injection: Injection, kind: s
             engine=scenario.engine, limiter=limiter, resource_lock=lock, progress_callback=scenario.snapshots.append
         )
         with anyio.CancelScope() as outer, anyio.fail_after(500):
+            if scenario.waits:
+                assert await lock.acquire("outside", "outsider")
             injection.act = outer.cancel if kind == "scope" else asyncio.current_task().cancel  # type: ignore[union-attr]
             async with executor.open_group(scenario.group()) as run:
                 runs.append(run)
@@ -191,7 +206,8 @@ def run_scenario(backend: str, scenario: Scenario, injection: Injection, kind: s
 
     stepping.run(backend, observed, seed=seed, on_step=injection.on_step)
     assert not swallowed, "the caller's cancellation was swallowed"
-    assert not lock.statistics().held
+    assert {held.holder for held in lock.statistics().held} <= {"outsider"}
+    assert not lock.statistics().waiting
     if runs:
         check(scenario, runs[0])
 

@@ -10,9 +10,11 @@ from attrs import define, field
 from groups import assignment, group_of
 
 from parallel_agents import (
+    NEVER_LOST,
     AgentAssignment,
     ClaimMode,
     InMemoryResourceLock,
+    Lost,
     ParallelExecutionError,
     ParallelExecutionGroup,
     ParallelExecutor,
@@ -81,6 +83,7 @@ class RemoteLock(InMemoryResourceLock):
 class RemoteLease:
     inner: MemoryLease
     fault: str
+    lost: Lost = NEVER_LOST
 
     def release(self) -> Awaitable[None]:
         if self.fault == "raises at once":
