@@ -37,9 +37,9 @@ from .engines import AgentEngine as AgentEngine
 from .engines import FunctionEngine as FunctionEngine
 from .events import Observer as Observer
 from .events import ParallelEvent as ParallelEvent
+from .locks import NEVER_LOST as NEVER_LOST
 from .locks import ClaimLock as ClaimLock
 from .locks import InMemoryResourceLock as InMemoryResourceLock
-from .locks import NEVER_LOST as NEVER_LOST
 from .locks import Lease as Lease
 from .locks import Lost as Lost
 from .locks import ResourceLock as ResourceLock

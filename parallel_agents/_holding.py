@@ -132,6 +132,11 @@ class HeldClaims:
             self._note(error)
             return None
 
+    @property
+    def are_owed(self) -> bool:
+        """Whether ``give_back_all()`` has something to wait for."""
+        return bool(self._unfinished)
+
     def give_back_later(self, position: int) -> None:
         """Give back what one assignment holds; what there is to wait for is left to ``give_back_all()``."""
         pending = self.give_back(position)

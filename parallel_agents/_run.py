@@ -370,6 +370,8 @@ class GroupRun(Generic[T]):
                 self._spawn_worker()
             elif not self._workers:
                 self._settle()
+                if self._claims.are_owed:
+                    self._tasks.start_soon(self._claims.give_back_all)
                 self._detach_from_shutdown()
                 self._let_parked_tasks_end()
         if fitness is Fitness.HOLDS_A_SCOPE:
@@ -562,8 +564,9 @@ class GroupRun(Generic[T]):
         if not self._admission.withdraw(position):
             return False
         if (scope := self._claiming.get(position)) is not None:
-            scope.cancel()
-        self._claims.give_back_later(position)
+            scope.cancel()  # who takes the claims gives them back
+        elif (still_held := self._claims.give_back(position)) is not None:
+            self._tasks.start_soon(self._claims.finish, still_held)
         self._record(position, outcome)
         self._call_or_dismiss_workers()
         return True

@@ -201,21 +201,21 @@ async def test_after_its_time_one_that_waits_is_rejected_and_those_behind_it_go_
     lock = InMemoryResourceLock()
     await lock.acquire("outside", "outsider")
     snapshots: list[Any] = []
+    seconds = {"t0": 10, "t2": 2, "t3": 1}
 
     async def agent(task: AgentAssignment) -> None:
-        await anyio.sleep(10)
+        await anyio.sleep(seconds[task.task_id])
 
-    group = waiting(("r",), ("r", "outside"), ("outside", "s"), ("s",), claim_timeout_seconds=4)
+    group = waiting(("r",), ("r", "s"), (), ("s",), ("outside",), max_concurrency=2, claim_timeout_seconds=4)
     executor = ParallelExecutor(engine=agent, resource_lock=lock, progress_callback=snapshots.append)
     result = await executor.execute_group(group)
     succeeded, rejected = OutcomeStatus.SUCCEEDED, OutcomeStatus.REJECTED
-    assert [o.status for o in result.outcomes] == [succeeded, rejected, rejected, succeeded]
+    assert [o.status for o in result.outcomes] == [succeeded, rejected, succeeded, succeeded, rejected]
     assert result.outcomes[1].error == "Claim not to be had within 4 s: 'r' is held by 'a0'"
-    assert result.outcomes[2].error == "Claim not to be had within 4 s: 'outside' is held by 'outsider'"
-    assert result.outcomes[3].started_after_seconds == pytest.approx(4)
-    assert [o.started_after_seconds for o in result.outcomes[1:3]] == [None, None]
-    assert result.total_duration_seconds == pytest.approx(14)
-    assert (snapshots[-1].completed, snapshots[-1].failed) == (4, 2)
+    assert result.outcomes[4].error == "Claim not to be had within 4 s: 'outside' is held by 'outsider'"
+    assert [o.started_after_seconds for o in result.outcomes] == [0, None, 0, pytest.approx(4), None]
+    assert result.total_duration_seconds == pytest.approx(10)
+    assert (snapshots[-1].completed, snapshots[-1].failed) == (5, 2)
     assert [held.resource for held in lock.statistics().held] == ["outside"]
 
 
