@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -35,7 +36,9 @@ from ._display import (
 )
 from ._errors import InvalidPlanError, ParallelAgentsError, ParallelExecutionError
 from ._holding import refuse_overlaps
+from ._models import ClaimPolicy
 from ._report_file import STDOUT, ReportFile
+from .locks.file import FileResourceLock
 from .plan import Plan, load_plan
 from .serialization import EnvironmentFacts, InvalidDataError
 
@@ -118,6 +121,9 @@ def run(
     backend: Literal["asyncio", "trio"] = "asyncio",
     max_concurrency: int | None = None,
     fail_fast: bool | None = None,
+    claim_policy: Literal["reject", "wait"] | None = None,
+    claim_timeout: float | None = None,
+    lock_dir: Path | None = None,
     settings: Overrides = (),
     report: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     only: Tasks = (),
@@ -134,6 +140,9 @@ def run(
         backend: The event loop.
         max_concurrency: The most agents at the same time; stands above the plan.
         fail_fast: Whether the first failure stops the rest; stands above the plan.
+        claim_policy: Whether agents whose claims overlap run one after another; stands above the plan.
+        claim_timeout: Seconds that an agent waits for its claims, with the policy `wait`; stands above the plan.
+        lock_dir: Keep out of the claims of all runs on this machine that are given the same folder.
         settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
         report: Write the report to this file, as JSON; `-` is standard output, and then nothing else goes there.
         only: Run this task only; may be repeated.
@@ -141,7 +150,15 @@ def run(
         json_events: Write each event to standard error, as one line of JSON, instead of the progress.
         log_level: Write the library's log to standard error, from this level on.
     """
-    chosen = _load(plan, settings, only, max_concurrency, fail_fast)
+    chosen = _load(
+        plan,
+        settings,
+        only,
+        max_concurrency=max_concurrency,
+        fail_fast=fail_fast,
+        claim_policy=None if claim_policy is None else ClaimPolicy(claim_policy),
+        claim_timeout_seconds=claim_timeout,
+    )
     if find_spec(backend) is None:
         raise _CannotGoOnError(f"{backend} is not installed: pip install 'parallel-agents[{backend}]'")
     report_file = _report_file(report)
@@ -151,7 +168,7 @@ def run(
     is_on_stdout = report_file is not None and report_file.is_stdout
     # What agents print in this process must not mix with the report.
     with contextlib.redirect_stdout(sys.stderr) if is_on_stdout else contextlib.nullcontext():
-        ending = _run(chosen, display, backend)
+        ending = _run(chosen, display, backend, _file_lock(lock_dir))
     if ending.problem is not None:
         _complain(ending.problem)
     if ending.result is None:
@@ -171,6 +188,7 @@ def check(
     /,
     *,
     max_concurrency: int | None = None,
+    claim_policy: Literal["reject", "wait"] | None = None,
     settings: Overrides = (),
     only: Tasks = (),
 ) -> int:
@@ -179,10 +197,12 @@ def check(
     Args:
         plan: A plan file: TOML, JSON or YAML.
         max_concurrency: The most agents at the same time; stands above the plan.
+        claim_policy: Whether agents whose claims overlap run one after another; stands above the plan.
         settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
         only: Check this task only; may be repeated.
     """
-    group = _load(plan, settings, only, max_concurrency, None).group
+    policy = None if claim_policy is None else ClaimPolicy(claim_policy)
+    group = _load(plan, settings, only, max_concurrency=max_concurrency, claim_policy=policy).group
     table = make_table("agent", "task", "timeout", "claims")
     for assignment in group.assignments:
         timeout = "-" if assignment.timeout_seconds is None else f"{assignment.timeout_seconds:g} s"
@@ -211,16 +231,20 @@ def show(report: Path, /) -> int:
     return SUCCEEDED if result.all_succeeded else FAILED
 
 
-def _load(
-    path: Path, settings: Iterable[str], only: Sequence[str], max_concurrency: int | None, fail_fast: bool | None
-) -> Plan:
-    """Return the plan as the call wants it, checked as far as it can be without running it."""
+def _load(path: Path, settings: Iterable[str], only: Sequence[str], **wanted: Any) -> Plan:
+    """Return the plan as the call wants it, checked as far as it can be without running it.
+
+    Args:
+        path: The plan file.
+        settings: Keys and values that stand above the file.
+        only: Tasks to choose, if any.
+        wanted: Fields of the group that stand above the plan; ``None`` leaves a field as it is.
+    """
     overrides = dict(_split_setting(setting) for setting in settings)
     plan = load_plan(path, overrides=overrides)
     if only:
         plan = plan.only(only)
-    wanted = {"max_concurrency": max_concurrency, "fail_fast": fail_fast}
-    changes: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    changes = {name: value for name, value in wanted.items() if value is not None}
     try:
         plan = attrs.evolve(plan, group=attrs.evolve(plan.group, **changes))
         refuse_overlaps(plan.group, ())
@@ -234,6 +258,17 @@ def _split_setting(setting: str) -> tuple[str, str]:
     if not separator or not key:
         raise _CannotGoOnError(f"--set needs key=value, got {setting!r}")
     return key, value
+
+
+def _file_lock(folder: Path | None) -> FileResourceLock | None:
+    if folder is None:
+        return None
+    lock = FileResourceLock(folder)
+    try:
+        lock.open()
+    except (OSError, sqlite3.Error) as error:
+        raise _CannotGoOnError(f"no locks can be kept in {str(folder)!r}: {_reason(error)}; nothing was run") from error
+    return lock
 
 
 def _report_file(path: str | None) -> ReportFile | None:
@@ -313,11 +348,13 @@ class _Ending:
     code: int
 
 
-def _run(plan: Plan, display: Display, backend: str) -> _Ending:
+def _run(plan: Plan, display: Display, backend: str, lock: FileResourceLock | None) -> _Ending:
     """Run a plan, and be deaf to signals afterwards: the exit code is decided."""
     try:
-        return anyio.run(_run_until_signalled, plan, display, backend=backend)
+        return anyio.run(_run_until_signalled, plan, display, lock, backend=backend)
     finally:
+        if lock is not None:
+            lock.close()
         for signum in _SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -339,9 +376,9 @@ class _Announcer:
             self._display.say("Interrupted again: cancelling what still runs")
 
 
-async def _run_until_signalled(plan: Plan, display: Display) -> _Ending:
+async def _run_until_signalled(plan: Plan, display: Display, lock: FileResourceLock | None) -> _Ending:
     manager = ShutdownManager()
-    executor = ParallelExecutor(engine=plan.engine, shutdown_manager=manager, observers=(display,))
+    executor = ParallelExecutor(engine=plan.engine, resource_lock=lock, shutdown_manager=manager, observers=(display,))
     async with manager.handle_signals():
         try:
             announcer = _Announcer(display)

@@ -23,7 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ._outcomes import AgentOutcome, OutcomeStatus, ParallelExecutionResult
-from .events import PARALLEL_AGENT_START, PARALLEL_GROUP_START, PARALLEL_PROGRESS_UPDATE, ParallelEvent
+from .events import (
+    PARALLEL_AGENT_START,
+    PARALLEL_AGENT_WAITING,
+    PARALLEL_GROUP_START,
+    PARALLEL_PROGRESS_UPDATE,
+    ParallelEvent,
+)
 from .serialization import to_json
 
 ID_CHARACTERS: Final = 60
@@ -100,6 +106,12 @@ def error_line(outcome: AgentOutcome[Any]) -> str:
     else:
         error = outcome.result.error_message or outcome.result.termination_reason.value
     return harmless(" ".join(str(error).split()), ERROR_CHARACTERS)
+
+
+def waiting_text(event: ParallelEvent) -> str:
+    """Return whom an agent waits for, and for what."""
+    holder = harmless(str(event.fields["holder"]), ID_CHARACTERS)
+    return f"{holder}: {harmless(str(event.fields['resource']), ID_CHARACTERS)}"
 
 
 def counts_text(result: ParallelExecutionResult[Any]) -> str:
@@ -225,7 +237,7 @@ class JsonDisplay(Display):
 
 
 class LineDisplay(Display):
-    """Writes a line when an agent starts and when it ends: for logs and pipes.
+    """Writes a line when an agent has to wait for its claims, when it starts and when it ends: for logs and pipes.
 
     Args:
         file: Where to.
@@ -243,6 +255,8 @@ class LineDisplay(Display):
             self.say(opening_text(event.group_id, self._total, event.fields["max_concurrency"]))
         elif event.name == PARALLEL_AGENT_START:
             self._write("started", event.agent_id, event.task_id, "")
+        elif event.name == PARALLEL_AGENT_WAITING:
+            self._write("waiting", event.agent_id, event.task_id, f", for {waiting_text(event)}")
 
     def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
         """Write a line for an agent that ran; those that never started are in the table at the end."""
@@ -270,16 +284,17 @@ def _write_line(file: TextIO, text: str) -> None:
 
 @frozen
 class _Row:
-    """An agent in the live display; ``seconds`` is a clock's time while it runs, and its duration afterwards."""
+    """An agent in the live display; ``seconds`` is a clock's time until it has ended, and its duration afterwards."""
 
     agent_id: str
     task_id: str
     seconds: float
     status: OutcomeStatus | None = None
+    waits_for: str = ""
 
 
 class LiveDisplay(Display):
-    """Draws the sums, the agents that run and those that ended last, in place, several times a second.
+    """Draws the sums, the agents that run, wait for claims, or ended last, in place, several times a second.
 
     It is drawn by a thread of its own, so that a terminal that stands still does not hold up the agents. A terminal
     that is gone is no error: the agents are not.
@@ -294,6 +309,7 @@ class LiveDisplay(Display):
         self._group_id = ""
         self._sums: Mapping[str, Any] = {}
         self._running: dict[str, _Row] = {}
+        self._waiting: dict[str, _Row] = {}
         self._ended: deque[_Row] = deque(maxlen=LIVE_ROWS)
         self._live = Live(
             console=console,
@@ -315,17 +331,22 @@ class LiveDisplay(Display):
             self._live.stop()
 
     def on_event(self, event: ParallelEvent, /) -> None:
-        """Take note of an agent that starts, and of the sums."""
+        """Take note of an agent that waits or starts, and of the sums."""
         with self._guard:
             if event.name == PARALLEL_PROGRESS_UPDATE:
                 self._group_id, self._sums = event.group_id, event.fields
             elif event.name == PARALLEL_AGENT_START:
                 agent, task = str(event.agent_id), str(event.task_id)
+                self._waiting.pop(task, None)
                 self._running[task] = _Row(agent, task, time.monotonic())
+            elif event.name == PARALLEL_AGENT_WAITING:
+                agent, task = str(event.agent_id), str(event.task_id)
+                self._waiting[task] = _Row(agent, task, time.monotonic(), waits_for=waiting_text(event))
 
     def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
         """Take note of an agent that ended."""
         with self._guard:
+            self._waiting.pop(outcome.task_id, None)
             if self._running.pop(outcome.task_id, None) is not None:
                 row = _Row(outcome.agent_id, outcome.task_id, outcome.duration_seconds, outcome.status)
                 self._ended.append(row)
@@ -339,13 +360,13 @@ class LiveDisplay(Display):
         """Return what is to be drawn now."""
         with self._guard:
             group_id, sums = self._group_id, self._sums
-            running, ended = list(self._running.values()), list(self._ended)
+            running, ended = [*self._running.values(), *self._waiting.values()], list(self._ended)
         if not sums:
             return ""
         room = max(1, min(LIVE_ROWS, self._console.height - 3))
         shown = ended[max(0, len(ended) + len(running) - room) :] + running[:room]
         hidden = len(running) - room
-        more = [Text(f"... and {hidden} more running", style="dim")] if hidden > 0 else []
+        more = [Text(f"... and {hidden} more running or waiting", style="dim")] if hidden > 0 else []
         return Group(_head(group_id, sums), _rows(shown, time.monotonic()), *more)
 
 
@@ -355,12 +376,16 @@ def _rows(shown: Iterable[_Row], now: float) -> Table:
     rows.add_column(no_wrap=True, overflow="ellipsis")
     rows.add_column(no_wrap=True, overflow="ellipsis")
     rows.add_column(no_wrap=True, justify="right")
+    rows.add_column(no_wrap=True, overflow="ellipsis", style="dim")
     for row in shown:
         if row.status is None:
-            state, seconds = Text("running", style="cyan"), now - row.seconds
+            state = Text("waiting", style="yellow") if row.waits_for else Text("running", style="cyan")
+            seconds = now - row.seconds
         else:
             state, seconds = Text(status_text(row.status), style=STYLES[row.status]), row.seconds
-        rows.add_row(state, id_text(row.agent_id), id_text(row.task_id), Text(duration_text(seconds)))
+        rows.add_row(
+            state, id_text(row.agent_id), id_text(row.task_id), Text(duration_text(seconds)), Text(row.waits_for)
+        )
     return rows
 
 

@@ -77,7 +77,7 @@ class HeldClaims:
         self._agents = {self._holders[p]: a.agent_id for p, a in self._claimed.items()}
         self._unfinished: list[Awaitable[None]] = []
         self.are_needed = bool(self._claimed)
-        self.leases: dict[int, Lease | _PlainLease] = {}
+        self.leases: dict[int, HeldLease] = {}
         self.errors: list[Exception] = []
 
     def lack(self, position: int) -> bool:
@@ -212,3 +212,6 @@ class _PlainLease:
             self._attempted.remove(resource)
         if errors:
             raise ExceptionGroup("locks could not be given back", errors)
+
+
+HeldLease = Lease | _PlainLease

@@ -211,6 +211,16 @@ def _ids_are_unique(_instance: object, _attribute: Any, assignments: tuple[Agent
         raise ValueError(f"Duplicate task IDs: {', '.join(repeated)}. Give each task its own.")
 
 
+def refuse_timeout_without_waiting(policy: ClaimPolicy, timeout_seconds: float | None) -> None:
+    """Refuse a time to wait for claims where nobody waits for them.
+
+    Raises:
+        ValueError: Saying so.
+    """
+    if timeout_seconds is not None and policy is not ClaimPolicy.WAIT:
+        raise ValueError("claim_timeout_seconds needs the claim_policy 'wait': with 'reject' nobody waits for claims")
+
+
 @frozen(kw_only=True)
 class ParallelExecutionGroup:
     """Assignments that run together.
@@ -237,8 +247,7 @@ class ParallelExecutionGroup:
     allow_shared_agents: bool = field(default=False, validator=is_flag)
 
     def __attrs_post_init__(self) -> None:
-        if self.claim_timeout_seconds is not None and self.claim_policy is not ClaimPolicy.WAIT:
-            raise ValueError("claim_timeout_seconds needs claim_policy WAIT: with REJECT nobody waits for claims")
+        refuse_timeout_without_waiting(self.claim_policy, self.claim_timeout_seconds)
         if not self.allow_shared_agents and len({a.identity.id for a in self.assignments}) < len(self.assignments):
             repeated = _repeated(a.agent_id for a in self.assignments)
             raise ValueError(

@@ -35,7 +35,7 @@ from ._endings import (
     order_to_end,
 )
 from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConflictError
-from ._holding import HeldClaims, refuse_overlaps
+from ._holding import HeldClaims, HeldLease, refuse_overlaps
 from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, ParallelExecutionGroup, Usage
 from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
 from ._shutdown import ShutdownManager
@@ -56,7 +56,7 @@ from .events import (
     call_quietly,
     error_text,
 )
-from .locks._protocol import NEVER_LOST, Lease, ResourceLock
+from .locks._protocol import NEVER_LOST, ResourceLock
 
 T = TypeVar("T")
 
@@ -457,22 +457,14 @@ class GroupRun(Generic[T]):
             if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
                 now = self._clock()
-            position = self._admission.take()
-            if self._admission.passed_over:
-                self._note_passed_over()
+            position = self._take(slot)
             if position is None:
-                if slot is not None:
-                    slot.give_back()
                 return Fitness.NOT_NEEDED
-            self._call_or_dismiss_workers()
             if self._claims.are_needed and self._claims.lack(position):
-                self._admission.postpone(position)
-                if slot is not None:
-                    slot.give_back()
-                await self._claim(position, scope)
-                now = self._clock()
+                await self._claim(position, scope, slot)
                 if scope.cancel_called:
-                    return Fitness.FIT
+                    break
+                now = self._clock()
                 continue
             call = self._start_call(position, scope, slot, now)
             now = await self._run_call(call, task)
@@ -486,6 +478,17 @@ class GroupRun(Generic[T]):
                 break
         return Fitness.FIT
 
+    def _take(self, slot: Slot | None) -> int | None:
+        """Take the position that starts now, if there is one; what else it changes who may start is seen to."""
+        position = self._admission.take()
+        if self._admission.passed_over:
+            self._note_passed_over()
+        if position is not None:
+            self._call_or_dismiss_workers()
+        elif slot is not None:
+            slot.give_back()
+        return position
+
     async def _wait_for(self, slot: Slot, scope: anyio.CancelScope) -> None:
         self._waiting.add(scope)
         try:
@@ -495,8 +498,11 @@ class GroupRun(Generic[T]):
 
     # Waiting for claims
 
-    async def _claim(self, position: int, scope: anyio.CancelScope) -> None:
+    async def _claim(self, position: int, scope: anyio.CancelScope, slot: Slot | None) -> None:
         """Take the claims of one assignment, which then starts as soon as there is room; or give it its outcome."""
+        self._admission.postpone(position)
+        if slot is not None:
+            slot.give_back()
         self._claiming[position] = scope
         try:
             try:
@@ -585,7 +591,7 @@ class GroupRun(Generic[T]):
         if self._give_up(position, outcome) and self.group.fail_fast:
             self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
 
-    async def _watch_lease(self, call: EngineCall, lease: Lease, scope: anyio.CancelScope) -> None:
+    async def _watch_lease(self, call: EngineCall, lease: HeldLease, scope: anyio.CancelScope) -> None:
         """Stop an agent whose claims are lost: another may have them by now."""
         with scope:
             await lease.lost.wait()

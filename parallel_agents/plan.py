@@ -44,9 +44,11 @@ from ._models import (
     AgentAssignment,
     AgentIdentity,
     ChatMessage,
+    ClaimPolicy,
     CompletionConfig,
     ParallelExecutionGroup,
     Task,
+    refuse_timeout_without_waiting,
 )
 from ._plan_text import read_table, refuse_unfit, toml_value
 from .engines import AgentEngine, FunctionEngine
@@ -126,12 +128,17 @@ def load_plan(path: str | os.PathLike[str], *, overrides: Mapping[str, str] = _N
     defaults = reader.defaults(table.get("defaults"))
     engine = reader.engine(table["engine"]) if "engine" in table else None
     assignments = reader.assignments(table.get("assignments"), defaults, engine)
+    if options is not None and not options.allow_shared_agents:
+        reader.refuse_shared_agents()
     if reader.problems or options is None or engine is None:
         raise InvalidPlanError(reader.problems)
     group = ParallelExecutionGroup(
         group_id=options.group_id,
         max_concurrency=options.max_concurrency,
         fail_fast=options.fail_fast,
+        claim_policy=options.claim_policy,
+        claim_timeout_seconds=options.claim_timeout_seconds,
+        allow_shared_agents=options.allow_shared_agents,
         assignments=assignments,
     )
     return Plan(path=path, group=group, engine=engine)
@@ -183,6 +190,9 @@ class PlanTable:
         group_id: Names the group in events, reports and locks.
         max_concurrency: The most agents at the same time; no limit unless given.
         fail_fast: Whether the first failure stops the rest.
+        claim_policy: ``reject`` a plan whose claims overlap, or ``wait``: run those that overlap one after another.
+        claim_timeout_seconds: With ``wait``: how long an agent waits for its claims; no limit unless given.
+        allow_shared_agents: Whether an agent may have several tasks, which then run one after another.
         engine: What runs the agents: a table whose ``kind`` is ``process`` or ``module:attribute``, or just the latter.
         defaults: Fields that all assignments have unless they say otherwise.
         assignments: What is to be run, at least one.
@@ -191,9 +201,15 @@ class PlanTable:
     group_id: str = _as_in(ParallelExecutionGroup, "group_id")
     max_concurrency: int | None = _as_in(ParallelExecutionGroup, "max_concurrency")
     fail_fast: bool = _as_in(ParallelExecutionGroup, "fail_fast")
+    claim_policy: ClaimPolicy = _as_in(ParallelExecutionGroup, "claim_policy")  # noqa: RUF009 - makes a field
+    claim_timeout_seconds: float | None = _as_in(ParallelExecutionGroup, "claim_timeout_seconds")
+    allow_shared_agents: bool = _as_in(ParallelExecutionGroup, "allow_shared_agents")
     engine: Any = field(validator=_is_engine)
     defaults: dict[str, Any] = field(factory=dict, validator=_is_table)
     assignments: Any = field(validator=_has_assignments)
+
+    def __attrs_post_init__(self) -> None:
+        refuse_timeout_without_waiting(self.claim_policy, self.claim_timeout_seconds)
 
 
 @frozen(kw_only=True)
@@ -286,6 +302,7 @@ class _PlanReader:
     def __init__(self, folder: Path, problems: list[str]) -> None:
         self.folder = folder
         self.problems = problems
+        self._agents: list[tuple[str, str]] = []
 
     def tell(self, place: str, problem: str) -> None:
         text = line(place, problem)
@@ -332,7 +349,7 @@ class _PlanReader:
                 self.tell(place, f"makes more than {ASSIGNMENTS_LIMIT} assignments of the plan")
                 break
         self._refuse_repeated("task.id", [(place, assignment.task_id) for place, assignment in found])
-        self._refuse_repeated("agent.id", [(place, assignment.agent_id) for place, assignment in found])
+        self._agents = [(place, assignment.agent_id) for place, assignment in found]
         return [assignment for _, assignment in found]
 
     def _entry(self, entry: object, defaults: dict[str, Any], place: str) -> Iterator[AgentAssignment]:
@@ -403,6 +420,10 @@ class _PlanReader:
                 engine.check(assignment)
             except ValueError as error:
                 self.tell(place, str(error))
+
+    def refuse_shared_agents(self) -> None:
+        """Tell which agents have several tasks."""
+        self._refuse_repeated("agent.id", self._agents)
 
     def _refuse_repeated(self, name: str, ids: list[tuple[str, str]]) -> None:
         first: dict[str, str] = {}

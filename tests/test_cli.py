@@ -679,3 +679,56 @@ def test_the_plan_with_one_agent_per_file_runs(work: Workplace) -> None:
     assert main(["run", str(EXAMPLES / "each_file.yaml"), "--quiet", "--report", str(work.report)]) == 0
     outcomes = read_report(work.report).result.outcomes
     assert len(outcomes) == len(list((EXAMPLES / "agents").glob("*.py")))
+
+
+WAITING_PLAN = """
+group_id = "waiting"
+claim_policy = "wait"
+
+[engine]
+kind = "process"
+command = ["sh", "-c", "test ! -e inside && touch inside && sleep 0.1 && rm inside"]
+cwd = "."
+
+[defaults]
+claims = [{ path = "inside" }]
+"""
+
+
+def test_agents_that_claim_the_same_run_one_after_another_in_all_runs_with_one_lock_folder(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    entries = "".join(
+        f'[[assignments]]\nagent = "a{n}"\ntask = {{ id = "t{n}" }}\nclaims = [{{ path = "inside" }}]\n'
+        for n in range(3)
+    )
+    plan.write_text(WAITING_PLAN.replace('cwd = "."', f'cwd = "{tmp_path}"') + entries)
+    command = [sys.executable, "-m", "parallel_agents", "run", str(plan), "--lock-dir", str(tmp_path / "locks")]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [(*run.communicate(timeout=60), run.returncode) for run in runs]
+    assert [code for _, _, code in ends] == [0, 0], ends
+    assert all("3 succeeded" in table for table, _, _ in ends)
+    assert all("waiting: a1 on t1, for a0: path:" in lines for _, lines, _ in ends)
+
+
+def test_the_policy_and_the_lock_folder_can_be_chosen_in_the_call(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    entries = "".join(f'[[assignments]]\nagent = "a{n}"\ntask = {{ id = "t{n}" }}\nclaims = ["r"]\n' for n in range(2))
+    plan.write_text(f'group_id = "g"\nengine = {{ kind = "process", command = ["sleep", "0.2"] }}\n{entries}')
+    program = [sys.executable, "-m", "parallel_agents"]
+
+    def call(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+    assert call("check", str(plan)).returncode == 2
+    assert call("check", str(plan), "--claim-policy", "wait").returncode == 0
+    assert call("run", str(plan)).returncode == 2
+    assert call("run", str(plan), "--claim-policy", "wait").returncode == 0
+    late = call("run", str(plan), "--claim-policy", "wait", "--claim-timeout", "0.05")
+    assert late.returncode == 1
+    assert "Claim not to be had within 0.05 s: 'r' is held by 'a0'" in late.stdout
+    wrong = call("run", str(plan), "--claim-timeout", "1")
+    assert (wrong.returncode, "needs the claim_policy 'wait'" in wrong.stderr) == (2, True)
+    (tmp_path / "file").touch()
+    wrong = call("run", str(plan), "--claim-policy", "wait", "--lock-dir", str(tmp_path / "file"))
+    assert (wrong.returncode, "no locks can be kept in" in wrong.stderr) == (2, True)
+    assert "nothing was run" in wrong.stderr

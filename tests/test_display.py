@@ -35,7 +35,12 @@ from parallel_agents._display import (
     make_console,
     print_summary,
 )
-from parallel_agents.events import PARALLEL_AGENT_START, PARALLEL_GROUP_START, PARALLEL_PROGRESS_UPDATE
+from parallel_agents.events import (
+    PARALLEL_AGENT_START,
+    PARALLEL_AGENT_WAITING,
+    PARALLEL_GROUP_START,
+    PARALLEL_PROGRESS_UPDATE,
+)
 
 HOSTILE = [
     "{braces} {0} {",
@@ -252,6 +257,23 @@ def test_lines_tell_each_start_and_each_end() -> None:
     ]
 
 
+def test_those_that_wait_for_claims_are_shown_with_what_and_whom_they_wait_for() -> None:
+    file, console = io.StringIO(), live_console()
+    lines, live = LineDisplay(file), LiveDisplay(console)
+    for display in (lines, live):
+        display.on_event(progress(2, running=1))
+        display.on_event(event(PARALLEL_AGENT_WAITING, "a", resource="path:/x/\x1b[2J", holder="agent-b"))
+    assert file.getvalue() == "[0/0] waiting: agent-a on task-a, for agent-b: path:/x/\\x1b[2J\n"
+    shown = drawn(live, console)
+    assert "waiting" in shown
+    assert "agent-b: path:/x/\\x1b[2J" in shown
+    live.on_event(event(PARALLEL_AGENT_START, "a"))
+    assert "agent-b" not in drawn(live, console)
+    live.on_event(event(PARALLEL_AGENT_WAITING, "c", resource="r", holder="agent-b"))
+    live.on_outcome(failed("c", started_after_seconds=None))
+    assert "agent-c" not in drawn(live, console)
+
+
 def test_each_event_is_one_line_of_json() -> None:
     file = io.StringIO()
     display = JsonDisplay(file)
@@ -313,7 +335,7 @@ def test_the_live_display_stays_calm_with_a_thousand_agents() -> None:
     lines = drawn(display, console).splitlines()
     assert len(lines) <= 10
     assert "agent-0 " in lines[1]
-    assert lines[-1].strip() == "... and 993 more running"
+    assert lines[-1].strip() == "... and 993 more running or waiting"
 
 
 def test_the_live_display_fills_its_rows_with_those_that_ended_last() -> None:

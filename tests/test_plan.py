@@ -20,7 +20,7 @@ from parallel_agents import plan as plan_module
 from parallel_agents._claims import ClaimMode, ResourceClaim
 from parallel_agents._errors import InvalidPlanError
 from parallel_agents._executor import ParallelExecutor
-from parallel_agents._models import AgentAssignment, ChatMessage, CompletionConfig
+from parallel_agents._models import AgentAssignment, ChatMessage, ClaimPolicy, CompletionConfig
 from parallel_agents.engines import FunctionEngine
 from parallel_agents.engines.process import ProcessEngine
 from parallel_agents.plan import Plan, load_plan
@@ -504,7 +504,7 @@ def test_all_problems_are_told_at_once_with_their_places(problems: Problems) -> 
         ({"max_concurrency": 0}, ["max_concurrency: must be >= 1, got 0"]),
         ({"max_concurrency": True}, ["max_concurrency: must be an integer, got True (bool)"]),
         ({"max_concurrency": 2.0}, ["max_concurrency: must be an integer, got 2.0 (float)"]),
-        ({"claim_policy": "wait"}, ["claim_policy: unknown key 'claim_policy'"]),
+        ({"claim_policy": "queue"}, ["claim_policy: must be one of reject, wait, got 'queue'"]),
         ({"defaults": []}, ["defaults: must be a table, got []"]),
         ({"assignments": {}}, ["assignments: must be a list of tables, got {}"]),
         ({"assignments": []}, ["assignments: must hold at least one assignment"]),
@@ -881,3 +881,25 @@ def test_the_schema_refuses_what_loading_refuses(problems: Problems, change: dic
     assert problems(**change)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**SMALL, **change}, SCHEMA, jsonschema.Draft202012Validator)
+
+
+def test_a_plan_says_what_is_done_about_claims_and_shared_agents(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    assignments = "".join(f'[[assignments]]\nagent = "a"\ntask = {{ id = "t{n}" }}\nclaims = ["r"]\n' for n in range(2))
+    options = 'claim_policy = "wait"\nclaim_timeout_seconds = 2.5\nallow_shared_agents = true\n'
+    rest = f'engine = {{ kind = "process", command = ["true"] }}\n{assignments}'
+    path.write_text(f'group_id = "g"\n{options}{rest}')
+    group = load_plan(path).group
+    assert (group.claim_policy, group.claim_timeout_seconds, group.allow_shared_agents) == (ClaimPolicy.WAIT, 2.5, True)
+    path.write_text(f'group_id = "g"\nclaim_policy = "queue"\n{rest}')
+    with pytest.raises(InvalidPlanError) as caught:
+        load_plan(path)
+    assert caught.value.problems[0].startswith("claim_policy: ")
+    path.write_text(f'group_id = "g"\nclaim_timeout_seconds = 2.5\n{rest}')
+    with pytest.raises(InvalidPlanError) as caught:
+        load_plan(path)
+    assert "claim_timeout_seconds needs the claim_policy 'wait'" in caught.value.problems[0]
+    path.write_text(f'group_id = "g"\n{rest}')
+    with pytest.raises(InvalidPlanError) as caught:
+        load_plan(path)
+    assert caught.value.problems == ("assignments[1].agent.id: 'a' is the id of assignments[0] already",)

@@ -389,7 +389,7 @@ async def test_tasks_of_one_agent_run_one_after_another(policy: ClaimPolicy) -> 
 def test_what_a_group_can_not_be() -> None:
     with pytest.raises(ValueError, match=r"Duplicate agent IDs: a\. .*allow_shared_agents"):
         ParallelExecutionGroup(group_id="g", assignments=shared_agents("a", "a").assignments)
-    with pytest.raises(ValueError, match="claim_timeout_seconds needs claim_policy WAIT"):
+    with pytest.raises(ValueError, match="claim_timeout_seconds needs the claim_policy 'wait'"):
         ParallelExecutionGroup(group_id="g", assignments=[assignment(0)], claim_timeout_seconds=1)
 
 
