@@ -5,10 +5,12 @@ Knows no executor; the run in flight fills it in.
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 from attrs import define, field
 
 from ._models import NO_USAGE, AgentAssignment, Usage
+from .events import write_log
 
 
 @define(eq=False)
@@ -36,6 +38,11 @@ class RunContext:
     def record_usage(self, usage: Usage) -> None:
         """Add to what this agent spent; kept in its outcome whatever becomes of the agent."""
         self.usage = self.usage + usage
+
+    def emit(self, name: str, /, **fields: Any) -> None:
+        """Send an event about this agent to the log and to the observers; *name* is a constant of ``events``."""
+        ids = {"agent_id": self.assignment.agent_id, "task_id": self.assignment.task_id}
+        write_log(name, group_id=self.group_id, **ids, **fields)
 
 
 _current: ContextVar[RunContext] = ContextVar("parallel_agents_current_run")

@@ -39,6 +39,7 @@ from ._models import NO_USAGE, AgentAssignment, ParallelExecutionGroup, Usage
 from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
 from ._shutdown import ShutdownManager
 from ._slots import Slot
+from .engines._metering import larger
 from .engines._protocol import AgentEngine, ChecksAssignments
 from .events import (
     PARALLEL_AGENT_CANCELLED,
@@ -80,6 +81,10 @@ class EngineCall(RunContext):
     started: float
     stop: Stop | None = None
     spoiled_its_task: bool = False
+
+    def emit(self, name: str, /, **fields: Any) -> None:
+        assignment = self.assignment
+        self.run._events.emit(name, task_id=assignment.task_id, agent_id=assignment.agent_id, **fields)
 
 
 @define(eq=False, kw_only=True)
@@ -515,7 +520,7 @@ class GroupRun(Generic[T]):
         if not isinstance(value, AgentRunResult):
             error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=call.usage)
-        usage = value.usage if call.usage is NO_USAGE else _larger(value.usage, call.usage)
+        usage = value.usage if call.usage is NO_USAGE else larger(value.usage, call.usage)
         if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
             error = (
                 f"The engine returned the result of task {value.task_id!r} and agent {value.agent_id!r} "
@@ -527,6 +532,7 @@ class GroupRun(Generic[T]):
             agent_id=value.agent_id,
             result=value,
             usage=usage,
+            attempts=call.attempt,
             started_after_seconds=call.started - self._started,
             duration_seconds=now - call.started,
         )
@@ -575,6 +581,7 @@ class GroupRun(Generic[T]):
             error=error,
             status=status,
             usage=usage,
+            attempts=call.attempt,
             started_after_seconds=call.started - self._started,
             duration_seconds=now - call.started,
             exception=exception,
@@ -770,16 +777,6 @@ def _enclosing_call() -> EngineCall | None:
     """Return the engine call that opens a group, if it is one that does."""
     current = _current.get(None)
     return current if isinstance(current, EngineCall) else None
-
-
-def _larger(reported: Usage, metered: Usage) -> Usage:
-    """Return the larger of two accounts of the same spending, field by field: neither may be complete."""
-    return Usage(
-        input_tokens=max(reported.input_tokens, metered.input_tokens),
-        output_tokens=max(reported.output_tokens, metered.output_tokens),
-        requests=max(reported.requests, metered.requests),
-        cost=max(reported.cost, metered.cost),
-    )
 
 
 def _timeout_text(assignment: AgentAssignment, error: BaseException, cancelled: type[BaseException]) -> str:
