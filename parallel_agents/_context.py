@@ -3,7 +3,8 @@
 Knows no executor; the run in flight fills it in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -43,6 +44,14 @@ class RunContext:
         """Send an event about this agent to the log and to the observers; *name* is a constant of ``events``."""
         ids = {"agent_id": self.assignment.agent_id, "task_id": self.assignment.task_id}
         write_log(name, group_id=self.group_id, **ids, **fields)
+
+    @contextmanager
+    def not_charged(self) -> Iterator[None]:
+        """Do not count the time in this block towards the assignment's timeout: others make the agent wait.
+
+        Blocks may be nested, and overlap in several tasks of an agent.
+        """
+        yield
 
 
 _current: ContextVar[RunContext] = ContextVar("parallel_agents_current_run")

@@ -9,8 +9,8 @@ Knows engines and locks as protocols only.
 
 import math
 import weakref
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, copy_context
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar, cast
@@ -81,6 +81,23 @@ class EngineCall(RunContext):
     started: float
     stop: Stop | None = None
     spoiled_its_task: bool = False
+    due: float = math.inf
+    waits: int = 0
+    waits_since: float = 0.0
+
+    @contextmanager
+    def not_charged(self) -> Iterator[None]:
+        if not self.waits:
+            self.waits_since = self.run._clock()
+        self.waits += 1
+        self.run._set_deadline(self)
+        try:
+            yield
+        finally:
+            self.waits -= 1
+            if not self.waits:
+                self.due += self.run._clock() - self.waits_since
+                self.run._set_deadline(self)
 
     def emit(self, name: str, /, **fields: Any) -> None:
         assignment = self.assignment
@@ -488,8 +505,13 @@ class GroupRun(Generic[T]):
             self._tell_progress()
             self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
         if assignment.timeout_seconds is not None:
-            scope.deadline = now + assignment.timeout_seconds
+            scope.deadline = call.due = now + assignment.timeout_seconds
         return call
+
+    def _set_deadline(self, call: EngineCall) -> None:
+        """Let the scope end when the agent's time is over, which does not pass while it waits for others."""
+        if self._running.get(call.position) is call and not call.scope.cancel_called:
+            call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
 
     async def _run_call(self, call: EngineCall, task: anyio.TaskInfo) -> float:
         """Run one engine call to its outcome; return the time from which on the worker is free."""
@@ -541,8 +563,7 @@ class GroupRun(Generic[T]):
         """Decide what an exception means, and note what concerns more than this agent."""
         assignment = call.assignment
         status, text = OutcomeStatus.FAILED, error_text(error)
-        timeout = assignment.timeout_seconds
-        late = timeout is not None and now >= call.started + timeout
+        late = now >= call.due
         if (order := order_to_end(error, anyio.get_cancelled_exc_class())) is not None:
             self._end_for(order, f"agent {assignment.agent_id!r}")
         elif (fatal := fatal_in(error)) is not None:

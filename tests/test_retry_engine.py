@@ -23,8 +23,8 @@ from parallel_agents import (
     AgentAssignment,
     AgentOutcome,
     AgentRunResult,
+    CooperativeTimeout,
     FunctionEngine,
-    ImmediateCancel,
     OutcomeStatus,
     ParallelEvent,
     ParallelExecutionError,
@@ -250,7 +250,7 @@ async def test_what_an_agent_raises_when_it_is_cancelled_is_not_retried() -> Non
 
 
 async def test_nothing_is_retried_once_the_program_shuts_down() -> None:
-    manager = ShutdownManager(ImmediateCancel())
+    manager = ShutdownManager(CooperativeTimeout(grace_seconds=30))
 
     async def agent(task: AgentAssignment) -> None:
         manager.request_shutdown()

@@ -121,8 +121,8 @@ class RetryEngine:
     """Runs an agent again when it fails in a way that may pass.
 
     There is no other attempt after a cancellation, a MemoryError or RecursionError (also in an exception group), a
-    result that says that the budget is spent, nor once the program shuts down. Waiting is cancellable, and counts
-    towards the assignment's timeout.
+    result that says that the budget is spent, or a failure while the program shuts down. Waiting is cancellable, and
+    counts towards the assignment's timeout.
 
     Each retry is an event, ``execution.parallel.agent_retry``. The usage of all attempts is added up. The error of the
     last attempt is raised as it is, with what came of the earlier ones as its notes; a refused result of the last
