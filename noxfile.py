@@ -109,14 +109,15 @@ def build(session: nox.Session) -> None:
 @nox.session(python=PYTHONS, requires=["build"])
 def tests(session: nox.Session) -> None:
     """Run the tests against the wheel, on asyncio and trio."""
-    _install_wheel(session, *EXTRAS["cli"], *_group("tests"))
+    _install_wheel(session, *EXTRAS["cli"], *EXTRAS["retry"], *_group("tests"))
     session.run("pytest", *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[-1], requires=["build"])
 def no_trio(session: nox.Session) -> None:
     """Run the tests where trio is not installed; its cases are skipped here and nowhere else."""
-    _install_wheel(session, *(r for r in EXTRAS["cli"] if not r.startswith("trio")), *_group("tests"))
+    extras = (r for r in (*EXTRAS["cli"], *EXTRAS["retry"]) if not r.startswith("trio"))
+    _install_wheel(session, *extras, *_group("tests"))
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
     session.run("pytest", "-rfE", *session.posargs, env=SAFE_PATH)
 
@@ -124,7 +125,7 @@ def no_trio(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0], requires=["build"])
 def coverage(session: nox.Session) -> None:
     """Measure branches: every one of the core, 95 % of what stands around it."""
-    _install_wheel(session, *EXTRAS["cli"], *_group("tests"), *_group("coverage"))
+    _install_wheel(session, *EXTRAS["cli"], *EXTRAS["retry"], *_group("tests"), *_group("coverage"))
     around = ",".join(OUTSIDE_THE_CORE)
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest", *session.posargs, env=SAFE_PATH)
@@ -145,7 +146,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def typing(session: nox.Session) -> None:
     """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
-    session.install("-q", "-e", ".[cli]", *_group("typing"))
+    session.install("-q", "-e", ".[cli,retry]", *_group("typing"))
     session.run("mypy")
     session.run("pyright")
 
@@ -153,12 +154,12 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """Build the documentation; every warning and every reference that leads nowhere is an error."""
-    session.install("-q", ".[cli]", *_group("docs"))
+    session.install("-q", ".[cli,retry]", *_group("docs"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session(python=PYTHONS[0], default=False)
 def bench(session: nox.Session) -> None:
     """Measure the overhead per agent beside its peers; takes minutes, and wants a quiet machine."""
-    session.install("-q", ".[trio]", *_group("bench"))
+    session.install("-q", ".[trio,retry]", *_group("bench"))
     session.run("python", "benchmarks/overhead.py", *session.posargs)

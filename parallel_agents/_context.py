@@ -3,12 +3,15 @@
 Knows no executor; the run in flight fills it in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from attrs import define, field
 
 from ._models import NO_USAGE, AgentAssignment, Usage
+from .events import write_log
 
 
 @define(eq=False)
@@ -36,6 +39,19 @@ class RunContext:
     def record_usage(self, usage: Usage) -> None:
         """Add to what this agent spent; kept in its outcome whatever becomes of the agent."""
         self.usage = self.usage + usage
+
+    def emit(self, name: str, /, **fields: Any) -> None:
+        """Send an event about this agent to the log and to the observers; *name* is a constant of ``events``."""
+        ids = {"agent_id": self.assignment.agent_id, "task_id": self.assignment.task_id}
+        write_log(name, group_id=self.group_id, **ids, **fields)
+
+    @contextmanager
+    def not_charged(self) -> Iterator[None]:
+        """Do not count the time in this block towards the assignment's timeout: others make the agent wait.
+
+        Blocks may be nested, and overlap in several tasks of an agent.
+        """
+        yield
 
 
 _current: ContextVar[RunContext] = ContextVar("parallel_agents_current_run")

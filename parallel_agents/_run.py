@@ -9,8 +9,8 @@ Knows engines and locks as protocols only.
 
 import math
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, copy_context
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar, cast
@@ -40,6 +40,7 @@ from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, ParallelExecutionGr
 from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
 from ._shutdown import ShutdownManager
 from ._slots import Slot
+from .engines._metering import larger
 from .engines._protocol import AgentEngine, ChecksAssignments
 from .events import (
     PARALLEL_AGENT_CANCELLED,
@@ -84,6 +85,27 @@ class EngineCall(RunContext):
     spoiled_its_task: bool = False
     lease_watch: anyio.CancelScope | None = None
     lost_claims: str = ""
+    due: float = math.inf
+    waits: int = 0
+    waits_since: float = 0.0
+
+    @contextmanager
+    def not_charged(self) -> Iterator[None]:
+        if not self.waits:
+            self.waits_since = self.run._clock()
+        self.waits += 1
+        self.run._set_deadline(self)
+        try:
+            yield
+        finally:
+            self.waits -= 1
+            if not self.waits:
+                self.due += self.run._clock() - self.waits_since
+                self.run._set_deadline(self)
+
+    def emit(self, name: str, /, **fields: Any) -> None:
+        assignment = self.assignment
+        self.run._events.emit(name, task_id=assignment.task_id, agent_id=assignment.agent_id, **fields)
 
 
 @define(eq=False, kw_only=True)
@@ -608,12 +630,17 @@ class GroupRun(Generic[T]):
             self._tell_progress()
             self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
         if assignment.timeout_seconds is not None:
-            scope.deadline = now + assignment.timeout_seconds
+            scope.deadline = call.due = now + assignment.timeout_seconds
         lease = self._claims.leases.get(position)
         if lease is not None and lease.lost is not NEVER_LOST:
             call.lease_watch = anyio.CancelScope()
             self._tasks.start_soon(self._watch_lease, call, lease, call.lease_watch)
         return call
+
+    def _set_deadline(self, call: EngineCall) -> None:
+        """Let the scope end when the agent's time is over, which does not pass while it waits for others."""
+        if self._running.get(call.position) is call and not call.scope.cancel_called:
+            call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
 
     async def _run_call(self, call: EngineCall, task: anyio.TaskInfo) -> float:
         """Run one engine call to its outcome; return the time from which on the worker is free."""
@@ -646,7 +673,7 @@ class GroupRun(Generic[T]):
         if not isinstance(value, AgentRunResult):
             error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=call.usage)
-        usage = value.usage if call.usage is NO_USAGE else _larger(value.usage, call.usage)
+        usage = value.usage if call.usage is NO_USAGE else larger(value.usage, call.usage)
         if call.lost_claims:
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, _lost_text(call), usage=usage)
         if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
@@ -660,6 +687,7 @@ class GroupRun(Generic[T]):
             agent_id=value.agent_id,
             result=value,
             usage=usage,
+            attempts=call.attempt,
             started_after_seconds=call.started - self._started,
             duration_seconds=now - call.started,
         )
@@ -668,8 +696,7 @@ class GroupRun(Generic[T]):
         """Decide what an exception means, and note what concerns more than this agent."""
         assignment = call.assignment
         status, text = OutcomeStatus.FAILED, error_text(error)
-        timeout = assignment.timeout_seconds
-        late = timeout is not None and now >= call.started + timeout
+        late = now >= call.due
         if (order := order_to_end(error, anyio.get_cancelled_exc_class())) is not None:
             self._end_for(order, f"agent {assignment.agent_id!r}")
         elif (fatal := fatal_in(error)) is not None:
@@ -710,6 +737,7 @@ class GroupRun(Generic[T]):
             error=error,
             status=status,
             usage=usage,
+            attempts=call.attempt,
             started_after_seconds=call.started - self._started,
             duration_seconds=now - call.started,
             exception=exception,
@@ -949,16 +977,6 @@ def _claims_in_turn(group: ParallelExecutionGroup) -> Callable[[int], Sequence[R
 
 def _lost_text(call: EngineCall) -> str:
     return f"Lost its claim while it ran: {call.lost_claims}. Another may have worked on it since"
-
-
-def _larger(reported: Usage, metered: Usage) -> Usage:
-    """Return the larger of two accounts of the same spending, field by field: neither may be complete."""
-    return Usage(
-        input_tokens=max(reported.input_tokens, metered.input_tokens),
-        output_tokens=max(reported.output_tokens, metered.output_tokens),
-        requests=max(reported.requests, metered.requests),
-        cost=max(reported.cost, metered.cost),
-    )
 
 
 def _timeout_text(assignment: AgentAssignment, error: BaseException, cancelled: type[BaseException]) -> str:

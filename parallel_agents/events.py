@@ -27,6 +27,10 @@ PARALLEL_AGENT_ERROR: Final = "execution.parallel.agent_error"
 """Warning, error when fatal: ``group_id``, ``agent_id``, ``task_id``, ``error``."""
 PARALLEL_AGENT_CANCELLED: Final = "execution.parallel.agent_cancelled"
 """Warning: ``group_id``, ``agent_id``, ``task_id``."""
+PARALLEL_AGENT_RETRY: Final = "execution.parallel.agent_retry"
+"""Warning, before the wait: ``group_id``, ``agent_id``, ``task_id``, ``attempt`` (the failed one), ``wait_seconds``,
+``error``.
+"""
 PARALLEL_LOCK_ACQUIRED: Final = "execution.parallel.lock_acquired"
 """Debug: ``resource``, ``holder``."""
 PARALLEL_LOCK_RELEASED: Final = "execution.parallel.lock_released"
@@ -52,6 +56,7 @@ _LEVELS: Final = {
     PARALLEL_AGENT_COMPLETE: "INFO",
     PARALLEL_AGENT_ERROR: "WARNING",
     PARALLEL_AGENT_CANCELLED: "WARNING",
+    PARALLEL_AGENT_RETRY: "WARNING",
     PARALLEL_LOCK_ACQUIRED: "DEBUG",
     PARALLEL_LOCK_RELEASED: "DEBUG",
     PARALLEL_LOCK_CONFLICT: "DEBUG",

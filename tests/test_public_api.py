@@ -12,9 +12,9 @@ import pytest
 import parallel_agents
 
 PACKAGE = Path(parallel_agents.__file__).parent
-EXTRAS = frozenset({"cyclopts", "rich", "yaml"})
+EXTRAS = frozenset({"cyclopts", "rich", "stamina", "yaml"})
 BACKENDS = frozenset({"asyncio", "trio"})
-MAY_USE_EXTRAS = frozenset({"_commands.py", "_display.py", "_plan_yaml.py"})
+MAY_USE_EXTRAS = frozenset({"_commands.py", "_display.py", "_plan_yaml.py", "retry.py"})
 
 
 def imported(source: str) -> Iterator[str]:
@@ -102,6 +102,8 @@ def test_a_group_runs_where_trio_and_all_extras_are_missing() -> None:
 
 
 def test_importing_the_package_loads_no_extra_and_no_trio() -> None:
-    program = "import parallel_agents, sys; print(sorted({'trio', 'cyclopts', 'rich', 'yaml'} & set(sys.modules)))"
+    program = (
+        "import parallel_agents, sys; print(sorted({'trio', 'cyclopts', 'rich', 'stamina', 'yaml'} & set(sys.modules)))"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (run.stdout, run.stderr) == ("[]\n", "")
