@@ -113,13 +113,18 @@ class HeldClaims:
             else:
                 self.leases[position] = plain_lease = _PlainLease(self._lock, claims, holder)
                 await plain_lease.take(timeout_seconds)
-        except BaseException as error:
-            if (pending := self.give_back(position)) is not None:
-                await self.finish(pending)  # noqa: ASYNC102 - it is shielded and bounded itself
-            if isinstance(error, ResourceConflictError):
-                current = self._agents.get(error.holder, error.holder)
-                raise ResourceConflictError(error.resource, current, self._claimed[position].agent_id) from error
+        except ResourceConflictError as error:
+            await self._give_back_now(position)  # noqa: ASYNC120 - it is shielded
+            current = self._agents.get(error.holder, error.holder)
+            raise ResourceConflictError(error.resource, current, self._claimed[position].agent_id) from error
+        except BaseException:
+            await self._give_back_now(position)  # noqa: ASYNC102 - it is shielded and bounded itself
             raise
+
+    async def _give_back_now(self, position: int) -> None:
+        pending = self.give_back(position)
+        if pending is not None:
+            await self.finish(pending)
 
     def give_back(self, position: int) -> Awaitable[None] | None:
         """Give back what one assignment holds; return what is left to wait for, with ``finish()``, if anything."""

@@ -18,7 +18,7 @@ class TestInMemoryResourceLock(ClaimLockContract):
 
 class TestFileResourceLock(ClaimLockContract):
     @pytest.fixture
-    def lock(self, tmp_path: Path) -> Iterator[ClaimLock]:  # type: ignore[override]
+    def lock(self, tmp_path: Path) -> Iterator[ClaimLock]:
         lock = FileResourceLock(tmp_path / "locks")
         yield lock
         lock.close()

@@ -1,5 +1,6 @@
 """The lock in memory: who may hold what, who waits, and that nothing is left behind."""
 
+import random
 from collections.abc import Sequence
 
 import anyio
@@ -259,5 +260,54 @@ async def test_whatever_is_asked_no_two_hold_what_overlaps_and_nothing_is_left(
                 tasks.start_soon(maybe_cancelled, str(number), claims(*wanted, mode=mode), steps, cancel)
     assert {str(n) for n, wish in enumerate(wishes) if not wish[3]} <= set(served)
     assert (lock.statistics().held, lock.statistics().waiting) == ((), ())
+    assert not lock._queue
+    assert not lock._leases
+
+
+@pytest.mark.proves("L3")
+@pytest.mark.anyio
+async def test_ten_thousand_random_schedules_end_with_everybody_served_and_nothing_left() -> None:
+    randomness = random.Random(7)
+    for _ in range(10_000):
+        await run_a_random_schedule(randomness)
+
+
+async def run_a_random_schedule(randomness: random.Random) -> None:
+    """Four holders that come, wait and hold for random numbers of steps; one of them may be cancelled at some time."""
+    lock = InMemoryResourceLock()
+    holding: dict[str, tuple[ResourceClaim, ...]] = {}
+    served: set[str] = set()
+    scopes = [anyio.CancelScope() for _ in range(4)]
+    cancelled: set[str] = set()
+
+    async def hold(number: int, wanted: tuple[ResourceClaim, ...], before: int, inside: int) -> None:
+        holder = str(number)
+        with scopes[number]:
+            for _ in range(before):
+                await anyio.lowlevel.checkpoint()
+            lease = await lock.acquire_claims(wanted, holder)
+            holding[holder] = wanted
+            served.add(holder)
+            try:
+                assert find_overlap(holding.items()) is None
+                for _ in range(inside):
+                    await anyio.lowlevel.checkpoint()
+            finally:
+                del holding[holder]
+                lease.release()
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(4):
+            some = randomness.sample(["x", "y", "path:/a", "path:/a/b", "path:/a/c"], randomness.randint(1, 2))
+            mode = randomness.choice(list(ClaimMode))
+            steps = randomness.randint(0, 3), randomness.randint(0, 3)
+            tasks.start_soon(hold, number, claims(*some, mode=mode), *steps)
+        for _ in range(randomness.randint(0, 4)):
+            await anyio.lowlevel.checkpoint()
+        if randomness.random() < 0.5:
+            victim = randomness.randrange(4)
+            cancelled.add(str(victim))
+            scopes[victim].cancel()
+    assert served | cancelled == {"0", "1", "2", "3"}
     assert not lock._queue
     assert not lock._leases

@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,8 @@ from .._claim_queue import ClaimQueue, Ticket
 from .._claims import ClaimMode, ResourceClaim
 from .._errors import EngineUnavailableError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # pragma: no cover - only on Windows
-    fcntl = None  # type: ignore[assignment]
 
 BUSY_SECONDS = 30.0
 """How long one change waits for those of other processes; each takes milliseconds."""
@@ -77,7 +76,7 @@ class FileStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        if fcntl is None:  # pragma: no cover - only on Windows
+        if sys.platform == "win32":
             raise EngineUnavailableError("FileResourceLock needs the file locks of a POSIX system")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
@@ -252,4 +251,7 @@ def _tickets(database: sqlite3.Connection) -> list[StoredTicket]:
     for number, resource, mode, within in database.execute("SELECT * FROM claims ORDER BY rowid"):
         claims.setdefault(number, []).append(ResourceClaim(resource=resource, mode=ClaimMode(mode), within=within))
     rows = database.execute("SELECT number, name, holder, token, since FROM tickets ORDER BY number")
-    return [StoredTicket(*row, tuple(claims.get(row[0], ()))) for row in rows]
+    return [
+        StoredTicket(number, name, holder, token, since, tuple(claims.get(number, ())))
+        for number, name, holder, token, since in rows
+    ]

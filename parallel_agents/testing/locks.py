@@ -271,7 +271,8 @@ class _Order:
             await anyio.lowlevel.checkpoint()
             del self._inside[holder]
         finally:
-            await give_back(lease)
+            with anyio.move_on_after(SECONDS, shield=True):
+                await give_back(lease)
 
 
 @contextmanager
