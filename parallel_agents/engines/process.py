@@ -21,6 +21,7 @@ from .._outcomes import AgentRunResult, TerminationReason
 from ._output import JsonLines, Stdout, Tail, last_lines
 from ._program import KILL_SECONDS, Launch, Program, why_not_started
 from ._templates import Template
+from ._workspace import working_folder
 
 INHERITED_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
 """Variables of this process that programs see unless ``inherit_env`` says otherwise: enough to find programs, the
@@ -66,7 +67,8 @@ class ProcessEngine:
     Args:
         command: The program and its arguments; placeholders allowed. A program without a slash is looked for in the
             ``PATH`` of its own environment, a relative one with a slash from *cwd*.
-        cwd: The program's working folder; placeholders allowed. ``None`` is that of this process.
+        cwd: The program's working folder; placeholders allowed. ``None`` is that of this process. In a folder that was
+            made for the agent, as by ``WorktreeEngine``, it is relative to that one, and ``None`` is that one.
         env: Variables for the program, above the inherited ones; placeholders allowed in values.
         inherit_env: Names of variables that it gets from this process, where they are set; it gets no others.
         stdin: What it reads from its standard input, in UTF-8; placeholders allowed. ``None`` is an empty input.
@@ -178,10 +180,16 @@ class ProcessEngine:
         inherited = {name: os.environ[name] for name in self._inherit_env if name in os.environ}
         return Launch(
             argv=tuple(item.fill(assignment) for item in self._command),
-            cwd=None if self._cwd is None else self._cwd.fill(assignment),
+            cwd=_below_the_workspace(None if self._cwd is None else self._cwd.fill(assignment)),
             env=inherited | {name: value.fill(assignment) for name, value in self._env.items()},
             stdin=None if self._stdin is None else self._stdin.fill(assignment, str.encode).encode(),
         )
+
+
+def _below_the_workspace(cwd: str | None) -> str | None:
+    """Return where a program runs: relative folders start at the one that was made for the agent, if one was."""
+    folder = working_folder()
+    return cwd if folder is None else str(folder / (cwd or "."))
 
 
 def _command(command: object) -> tuple[Template, ...]:
