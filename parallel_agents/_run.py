@@ -639,7 +639,7 @@ class GroupRun(Generic[T]):
 
     def _set_deadline(self, call: EngineCall) -> None:
         """Let the scope end when the agent's time is over, which does not pass while it waits for others."""
-        if self._running.get(call.position) is call and not call.scope.cancel_called:
+        if self._running.get(call.position) is call:
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
 
     async def _run_call(self, call: EngineCall, task: anyio.TaskInfo) -> float:

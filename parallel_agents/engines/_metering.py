@@ -4,7 +4,7 @@ An engine that makes several calls for one run, or one call of several, has to t
 """
 
 from .._context import RunContext
-from .._models import Usage
+from .._models import NO_USAGE, Usage
 from .._outcomes import AgentRunResult
 
 
@@ -31,12 +31,15 @@ class Meter:
 
     def metered(self) -> Usage:
         """Return what was told to ``record_usage()`` since."""
-        return _difference(self._run.usage, self._before)
+        now = self._run.usage
+        return NO_USAGE if now is self._before else _difference(now, self._before)
 
     def spent(self, result: object) -> Usage:
         """Return what was spent since, according to what was metered and to *result*, whatever it is."""
         metered = self.metered()
-        return larger(result.usage, metered) if isinstance(result, AgentRunResult) else metered
+        if not isinstance(result, AgentRunResult):
+            return metered
+        return result.usage if metered is NO_USAGE else larger(result.usage, metered)
 
     def record(self, result: object) -> None:
         """Add to the run's usage what *result* reports and nobody has metered."""

@@ -133,16 +133,15 @@ class RateLimitedEngine:
                 with run.not_charged():
                     await turn.wait_and_take()
             meter = Meter(run)
-            result: Any = None
+            result: AgentRunResult[Any] | None = None
             try:
-                result = await self._inner.run(assignment)
+                return (result := await self._inner.run(assignment))
             except Exception as error:
                 if (seconds := retry_after_seconds(error)) is not None:
                     turn.hold_back_all(seconds)
                 raise
             finally:
                 turn.correct(meter.spent(result))
-            return result
 
 
 @define(eq=False)

@@ -10,7 +10,7 @@ Knows nothing of how many agents run.
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeAlias
 
 import anyio
@@ -212,30 +212,40 @@ class _Attempts:
         return result
 
     async def _until_one_is_good(self, inner: AgentEngine, assignment: AgentAssignment) -> AgentRunResult[Any]:
-        policy = self.policy
-        async for attempt in stamina.retry_context(
-            on=self.backoff,
-            attempts=policy.attempts,
-            timeout=None,
-            wait_initial=policy.initial_wait_seconds,
-            wait_max=policy.max_wait_seconds,
-        ):
-            self.run.attempt = attempt.num
+        attempt: stamina.Attempt | None = None
+        self.run.attempt = 1
+        while True:
             meter = Meter(self.run)
             try:
                 result = await inner.run(assignment)
-                is_refused = policy.refuses(result)
-                if is_refused or attempt.num > 1:
+                is_refused = self.policy.refuses(result)
+                if is_refused or attempt is not None:
                     meter.record(result)
                 if not is_refused:
                     return result
                 raise _RefusedResultError(result)
             except Exception as error:
+                if attempt is None:  # stamina costs more than the executor: who succeeds at once does not need it
+                    attempts = self._stamina_attempts()
+                    attempt = await anext(attempts)
                 if not self._may_go_on(error, attempt):
                     raise
                 with attempt:  # which tells stamina that this one failed
                     raise
-        raise AssertionError("stamina raises the error of the last attempt")
+            # the type of stamina's __exit__ does not tell that it swallows the error
+            attempt = await anext(attempts)  # type: ignore[unreachable]
+            self.run.attempt = attempt.num
+
+    def _stamina_attempts(self) -> AsyncIterator[stamina.Attempt]:
+        return aiter(
+            stamina.retry_context(
+                on=self.backoff,
+                attempts=self.policy.attempts,
+                timeout=None,
+                wait_initial=self.policy.initial_wait_seconds,
+                wait_max=self.policy.max_wait_seconds,
+            )
+        )
 
     def _may_go_on(self, error: Exception, attempt: stamina.Attempt) -> bool:
         """Decide whether there is another attempt, and tell about it."""
