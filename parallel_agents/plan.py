@@ -37,7 +37,7 @@ from attrs.validators import optional
 from cattrs.errors import BaseValidationError
 from cattrs.preconf.json import JsonConverter
 
-from ._checks import is_a, not_blank, shown
+from ._checks import integer, is_a, not_blank, shown
 from ._claims import ClaimMode, ResourceClaim
 from ._errors import InvalidPlanError, ParallelAgentsError
 from ._models import (
@@ -54,6 +54,7 @@ from ._plan_text import read_table, refuse_unfit, toml_value
 from .engines import AgentEngine, FunctionEngine
 from .engines._protocol import ChecksAssignments
 from .engines.process import ProcessEngine
+from .engines.worktree import WorktreeEngine
 from .events import error_text
 from .serialization import MISSING, PlanFacts, below, line, make_converter, problems_of, unknown_key
 
@@ -126,7 +127,8 @@ def load_plan(path: str | os.PathLike[str], *, overrides: Mapping[str, str] = _N
     reader = _PlanReader(path.absolute().parent, problems)
     options = reader.read(PlanTable, table, "")
     defaults = reader.defaults(table.get("defaults"))
-    engine = reader.engine(table["engine"]) if "engine" in table else None
+    workspace = None if options is None else options.workspace
+    engine = reader.engine(table["engine"], workspace) if "engine" in table else None
     assignments = reader.assignments(table.get("assignments"), defaults, engine)
     if options is not None and not options.allow_shared_agents:
         reader.refuse_shared_agents()
@@ -182,6 +184,46 @@ def _is_engine(_instance: object, _attribute: Any, value: object) -> None:
         raise TypeError(f"must be a table or 'module:attribute', got {shown(value)}")
 
 
+def _is_worktree(_instance: object, _attribute: Any, value: object) -> None:
+    if value != "worktree":
+        raise ValueError(f"must be 'worktree', got {shown(value)}")
+
+
+@frozen(kw_only=True)
+class WorkspaceTable:
+    """A folder of its own for each agent.
+
+    Attributes:
+        kind: ``worktree``: a git worktree on a branch of its own.
+        repo: The repository, or the folder in it that agents work in; relative to the plan's folder.
+        base: What worktrees start from: a branch, tag or commit.
+        merge_into: A branch that gets the work of successful agents; it stays on their own branches unless given.
+        branch_prefix: What the names of the branches start with.
+        max_worktrees: The most worktrees at the same time; no limit unless given.
+        max_bytes: The most bytes of all worktrees at the same time; no limit unless given.
+    """
+
+    kind: str = field(validator=_is_worktree)
+    repo: str = field(default=".", validator=not_blank)
+    base: str = field(default="HEAD", validator=not_blank)
+    merge_into: str | None = field(default=None, validator=optional(not_blank))
+    branch_prefix: str = field(default="agents/", validator=not_blank)
+    max_worktrees: int | None = field(default=None, validator=optional(integer(at_least=1)))
+    max_bytes: int | None = field(default=None, validator=optional(integer(at_least=1)))
+
+    def around(self, engine: AgentEngine, folder: Path) -> WorktreeEngine:
+        """Return an engine that gives each agent its worktree; a relative repository is below *folder*."""
+        return WorktreeEngine(
+            engine,
+            folder / self.repo,
+            base=self.base,
+            merge_into=self.merge_into,
+            branch_prefix=self.branch_prefix,
+            max_worktrees=self.max_worktrees,
+            max_bytes=self.max_bytes,
+        )
+
+
 @frozen(kw_only=True)
 class PlanTable:
     """A whole plan.
@@ -195,6 +237,7 @@ class PlanTable:
         allow_shared_agents: Whether an agent may have several tasks, which then run one after another.
         engine: What runs the agents: a table whose ``kind`` is ``process`` or ``module:attribute``, or just the latter.
         defaults: Fields that all assignments have unless they say otherwise.
+        workspace: A folder of its own for each agent; all work in the plan's folder unless given.
         assignments: What is to be run, at least one.
     """
 
@@ -205,6 +248,7 @@ class PlanTable:
     claim_timeout_seconds: float | None = _as_in(ParallelExecutionGroup, "claim_timeout_seconds")
     allow_shared_agents: bool = _as_in(ParallelExecutionGroup, "allow_shared_agents")
     engine: Any = field(validator=_is_engine)
+    workspace: WorkspaceTable | None = None
     defaults: dict[str, Any] = field(factory=dict, validator=_is_table)
     assignments: Any = field(validator=_has_assignments)
 
@@ -434,7 +478,12 @@ class _PlanReader:
                 other = "several files; write {index} into it" if first[id_] == place else f"{first[id_]} already"
                 self.tell(f"{place}.{name}", f"{shown(id_)} is the id of {other}")
 
-    def engine(self, engine: object) -> AgentEngine | None:
+    def engine(self, engine: object, workspace: WorkspaceTable | None) -> AgentEngine | None:
+        """Return the engine of a plan, with a workspace for each agent around it if the plan wants one."""
+        inner = self._engine(engine, has_workspace=workspace is not None)
+        return inner if inner is None or workspace is None else workspace.around(inner, self.folder)
+
+    def _engine(self, engine: object, *, has_workspace: bool) -> AgentEngine | None:
         if isinstance(engine, str):
             return self._imported(engine, "engine")
         if not isinstance(engine, dict):
@@ -442,7 +491,7 @@ class _PlanReader:
         options = dict(engine)
         kind = options.pop("kind", None)
         if kind == "process":
-            return self._process(options)
+            return self._process(options, has_workspace=has_workspace)
         for key in options:
             self.tell(below("engine", key), f"unknown key {shown(key)} for an engine that is not of kind 'process'")
         if kind is None:
@@ -450,15 +499,15 @@ class _PlanReader:
             return None
         return self._imported(kind, "engine.kind")
 
-    def _process(self, options: dict[str, Any]) -> AgentEngine | None:
+    def _process(self, options: dict[str, Any], *, has_workspace: bool) -> AgentEngine | None:
         known = inspect.signature(ProcessEngine).parameters
         problems_before = len(self.problems)
         for key in [key for key in options if key not in known]:
             self.tell(below("engine", key), unknown_key(key, [*known, "kind"]))
         if "command" not in options:
             self.tell("engine.command", MISSING)
-        cwd = options.setdefault("cwd", str(self.folder))
-        if isinstance(cwd, str):
+        cwd = options.setdefault("cwd", ".")
+        if isinstance(cwd, str) and not has_workspace:
             options["cwd"] = str(self.folder / cwd)
         for key in [key for key in options if key in known]:  # one at a time, so that all problems are told
             self._made(partial(ProcessEngine, **{"command": ["true"], key: options[key]}), known)

@@ -23,6 +23,7 @@ from parallel_agents._executor import ParallelExecutor
 from parallel_agents._models import AgentAssignment, ChatMessage, ClaimPolicy, CompletionConfig
 from parallel_agents.engines import FunctionEngine
 from parallel_agents.engines.process import ProcessEngine
+from parallel_agents.engines.worktree import WorktreeEngine
 from parallel_agents.plan import Plan, load_plan
 from parallel_agents.serialization import PlanFacts
 
@@ -903,3 +904,33 @@ def test_a_plan_says_what_is_done_about_claims_and_shared_agents(tmp_path: Path)
     with pytest.raises(InvalidPlanError) as caught:
         load_plan(path)
     assert caught.value.problems == ("assignments[1].agent.id: 'a' is the id of assignments[0] already",)
+
+
+def test_a_plan_can_give_each_agent_a_worktree(tmp_path: Path) -> None:
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x@y.z", "commit", "-q", "--allow-empty", "-m", "first"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    path = tmp_path / "plan.toml"
+    entry = '[[assignments]]\nagent = "a"\ntask = { id = "t" }\n'
+    command = '[engine]\nkind = "process"\ncommand = ["sh", "-c", "echo new > new.txt"]\n'
+    path.write_text(f'group_id = "g"\n{command}[workspace]\nkind = "worktree"\nmax_worktrees = 2\n{entry}')
+    plan = load_plan(path)
+    assert isinstance(plan.engine, WorktreeEngine)
+    result = anyio.run(ParallelExecutor(engine=plan.engine).execute_group, plan.group)
+    result.raise_for_failures()
+    kept = plan.engine.kept["t"]
+    shown = subprocess.run(["git", "-C", tmp_path, "show", f"{kept.branch}:new.txt"], capture_output=True, check=True)
+    assert shown.stdout == b"new\n"
+    assert not (tmp_path / "new.txt").exists()
+    path.write_text(
+        f'group_id = "g"\n{command}[workspace]\nkind = "container"\nmax_worktrees = 0\nrepos = "x"\n{entry}'
+    )
+    with pytest.raises(InvalidPlanError) as caught:
+        load_plan(path)
+    assert sorted(problem.partition(":")[0] for problem in caught.value.problems) == [
+        "workspace.kind",
+        "workspace.max_worktrees",
+        "workspace.repos",
+    ]
