@@ -164,3 +164,4 @@ def bench(session: nox.Session) -> None:
     """Measure the overhead per agent beside its peers; takes minutes, and wants a quiet machine."""
     session.install("-q", ".[trio,retry]", *_group("bench"))
     session.run("python", "benchmarks/overhead.py", *session.posargs)
+    session.run("python", "benchmarks/wrappers.py")

@@ -75,9 +75,10 @@ def accuracy(per_second: float, burst: float, seconds: float, backend: str) -> f
     async def program() -> float:
         limit = RateLimit(per_second, per_seconds=1, burst=burst)
         count = int(burst + per_second * seconds)
-        before = anyio.current_time()
         engine = RateLimitedEngine(NoOpEngine(checkpoint_of(backend)), limit)
-        await ParallelExecutor(engine=engine).execute_group(group_of(count, 100))
+        group = group_of(count, 100)
+        before = anyio.current_time()
+        await ParallelExecutor(engine=engine).execute_group(group)
         return (count - burst) / per_second / (anyio.current_time() - before)
 
     return anyio.run(program, backend=backend)

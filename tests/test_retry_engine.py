@@ -1,7 +1,9 @@
 """RetryEngine: which failures get another attempt, when, and what is told and kept of all of them."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -552,6 +554,26 @@ async def test_usage_is_the_sum_of_what_each_attempt_metered_or_reported(
     with anyio.fail_after(5):
         (outcome,) = (await ParallelExecutor(engine=outer).execute_group(group_of(1))).outcomes
     assert outcome.usage.requests == sum(max(metered, reported or 0) for metered, reported in spending)
+
+
+async def test_what_stamina_leaves_to_the_garbage_collector_does_not_keep_the_run() -> None:
+    async def agent(task: AgentAssignment) -> None:
+        if current_run().attempt == 1:
+            raise ValueError
+
+    gc.collect()
+    gc.disable()
+    try:
+        engine = RetryEngine(FunctionEngine(agent), at_once())
+        with anyio.fail_after(5):
+            async with ParallelExecutor(engine=engine).open_group(group_of(1)) as run:
+                pass
+        assert run.result.outcomes[0].attempts == 2
+        is_kept = weakref.ref(run)
+        del run
+        assert is_kept() is None
+    finally:
+        gc.enable()
 
 
 async def test_an_event_of_a_run_without_a_group_goes_to_the_log() -> None:

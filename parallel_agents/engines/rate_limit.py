@@ -61,8 +61,8 @@ class RateLimit:
         key: Calls count together if this function gives the same for their assignments, such as
             ``lambda a: a.identity.model``; by default all do.
         reserve: What a call is taken to cost until its usage is known, or a function that says so of an assignment.
-        burst: How many may be granted at once after a pause. With 1, the clock's lateness in waking somebody up is
-            lost, which matters from some hundred calls per second on.
+        burst: How many may be granted at once after a pause. With 1, the half millisecond by which a clock wakes
+            somebody too late is lost, which matters from some ten calls per second on; a few more make up for it.
     """
 
     amount: float = field(validator=number(above=0))

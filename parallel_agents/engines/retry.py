@@ -207,7 +207,7 @@ class _Attempts:
             for number, text in enumerate(self.earlier, start=1):
                 error.add_note(f"Attempt {number}: {text}")
             raise
-        if self.run.attempt > 1 and isinstance(result, AgentRunResult):
+        if self.earlier and isinstance(result, AgentRunResult):
             return evolve(result, usage=meter.metered())
         return result
 
