@@ -227,7 +227,7 @@ class _Attempts:
             except Exception as error:
                 if attempt is None:  # stamina costs more than the executor: who succeeds at once does not need it
                     attempts = self._stamina_attempts()
-                    attempt = await anext(attempts)
+                    attempt = await anext(attempts)  # noqa: ASYNC120 - the first one is there without a wait
                 if not self._may_go_on(error, attempt):
                     raise
                 with attempt:  # which tells stamina that this one failed
