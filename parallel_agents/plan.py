@@ -184,7 +184,7 @@ def _is_engine(_instance: object, _attribute: Any, value: object) -> None:
         raise TypeError(f"must be a table or 'module:attribute', got {shown(value)}")
 
 
-def _is_worktree(_instance: object, _attribute: Any, value: object) -> None:
+def _is_worktree(_instance: object, _attribute: Any, value: str) -> None:
     if value != "worktree":
         raise ValueError(f"must be 'worktree', got {shown(value)}")
 

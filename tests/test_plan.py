@@ -914,8 +914,8 @@ def test_a_plan_can_give_each_agent_a_worktree(tmp_path: Path) -> None:
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     path = tmp_path / "plan.toml"
     entry = '[[assignments]]\nagent = "a"\ntask = { id = "t" }\n'
-    command = '[engine]\nkind = "process"\ncommand = ["sh", "-c", "echo new > new.txt"]\n'
-    path.write_text(f'group_id = "g"\n{command}[workspace]\nkind = "worktree"\nmax_worktrees = 2\n{entry}')
+    engine = '[engine]\nkind = "process"\ncommand = ["sh", "-c", "echo new > new.txt"]\n'
+    path.write_text(f'group_id = "g"\n{engine}[workspace]\nkind = "worktree"\nmax_worktrees = 2\n{entry}')
     plan = load_plan(path)
     assert isinstance(plan.engine, WorktreeEngine)
     result = anyio.run(ParallelExecutor(engine=plan.engine).execute_group, plan.group)
@@ -924,9 +924,7 @@ def test_a_plan_can_give_each_agent_a_worktree(tmp_path: Path) -> None:
     shown = subprocess.run(["git", "-C", tmp_path, "show", f"{kept.branch}:new.txt"], capture_output=True, check=True)
     assert shown.stdout == b"new\n"
     assert not (tmp_path / "new.txt").exists()
-    path.write_text(
-        f'group_id = "g"\n{command}[workspace]\nkind = "container"\nmax_worktrees = 0\nrepos = "x"\n{entry}'
-    )
+    path.write_text(f'group_id = "g"\n{engine}[workspace]\nkind = "container"\nmax_worktrees = 0\nrepos = "x"\n{entry}')
     with pytest.raises(InvalidPlanError) as caught:
         load_plan(path)
     assert sorted(problem.partition(":")[0] for problem in caught.value.problems) == [

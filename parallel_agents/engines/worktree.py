@@ -366,9 +366,12 @@ async def _worktrees(top: Path) -> list[tuple[Path, str]]:
     """Return the worktrees of a repository, with the branch that each has checked out, or nothing."""
     found = []
     for block in (await git(top, "worktree", "list", "--porcelain", "-z")).split("\0\0"):
-        fields = dict(line.partition(" ")[::2] for line in block.strip("\0").split("\0") if line)
-        if "worktree" in fields:
-            found.append((Path(fields["worktree"]), fields.get("branch", "")))
+        facts: dict[str, str] = {}
+        for line in block.strip("\0").split("\0"):
+            name, _, value = line.partition(" ")
+            facts[name] = value
+        if "worktree" in facts:
+            found.append((Path(facts["worktree"]), facts.get("branch", "")))
     return found
 
 
