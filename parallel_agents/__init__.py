@@ -16,6 +16,7 @@ from ._errors import ShutdownInProgressError as ShutdownInProgressError
 from ._executor import ParallelExecutor as ParallelExecutor
 from ._models import AgentAssignment as AgentAssignment
 from ._models import AgentIdentity as AgentIdentity
+from ._models import Budget as Budget
 from ._models import ChatMessage as ChatMessage
 from ._models import ClaimPolicy as ClaimPolicy
 from ._models import CompletionConfig as CompletionConfig
@@ -52,6 +53,7 @@ __all__ = [
     "AgentIdentity",
     "AgentOutcome",
     "AgentRunResult",
+    "Budget",
     "ChatMessage",
     "ClaimLock",
     "ClaimMode",

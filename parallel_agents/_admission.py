@@ -1,29 +1,34 @@
 """Admission: which assignment may start now, and why not. Pure and synchronous, so that each answer is one atomic step.
 
-Knows positions in a group and what they claim, nothing else: no tasks, no clock, no engine, no locks.
+Knows positions in a group, what they claim and what they depend on, nothing else: no clock, no engine, no locks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
+from types import MappingProxyType
 
 from ._claim_queue import ClaimQueue, Ticket
 from ._claims import ResourceClaim
+
+NO_PREREQUISITES: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 class Admission:
     """Hands out the positions of a group's assignments, each at most once, in order among those that may start.
 
     A position whose turn has come stays in line for its claims until it is finished, and those that overlap it are
-    passed over meanwhile.
+    passed over meanwhile. One that depends on others gets in line for its claims only when they are satisfied.
 
     Args:
         total: How many assignments there are.
         max_concurrency: The most that may run at the same time; ``None`` is no limit.
         claims_of: What the assignment at a position needs for itself among the others; ``None`` if none needs anything.
+        prerequisites: The positions that others depend on, by theirs; no circles.
     """
 
     __slots__ = (
         "_claims_of",
+        "_dependents",
         "_is_closed",
         "_next",
         "_postponed",
@@ -32,6 +37,7 @@ class Admission:
         "_running",
         "_tickets",
         "_total",
+        "_unmet",
         "_withdrawn",
         "has_ready",
         "limit",
@@ -43,6 +49,7 @@ class Admission:
         total: int,
         max_concurrency: int | None,
         claims_of: Callable[[int], Sequence[ResourceClaim]] | None = None,
+        prerequisites: Mapping[int, Sequence[int]] = NO_PREREQUISITES,
     ) -> None:
         self.limit = total if max_concurrency is None else min(total, max_concurrency)
         self.has_ready = total > 0
@@ -59,6 +66,11 @@ class Admission:
         self._postponed: set[int] = set()
         self._returned: list[int] = []
         self._is_closed = False
+        self._unmet = {position: len(others) for position, others in prerequisites.items()}
+        self._dependents: dict[int, list[int]] = {}
+        for position, others in prerequisites.items():
+            for other in others:
+                self._dependents.setdefault(other, []).append(position)
 
     def __repr__(self) -> str:
         return f"Admission(next={self._next}, total={self._total}, running={self._running}, limit={self.limit})"
@@ -82,6 +94,23 @@ class Admission:
         if self._tickets:
             self._let_go(position)
 
+    def satisfy(self, position: int) -> None:
+        """Note that one has succeeded; those that depend on it, and on nothing else any more, may start."""
+        for dependent in self._dependents.get(position, ()):
+            self._unmet[dependent] -= 1
+            if not self._unmet[dependent] and dependent < self._next and not self._is_closed:
+                self._line_up(dependent)
+
+    def dependents_of(self, position: int) -> list[int]:
+        """Return all that depend on one, directly or not, each before those that depend on it."""
+        found = dict.fromkeys(self._dependents.get(position, ()))
+        following = list(found)
+        for dependent in following:
+            new = [further for further in self._dependents.get(dependent, ()) if further not in found]
+            found.update(dict.fromkeys(new))
+            following += new
+        return following
+
     def postpone(self, position: int) -> None:
         """Take back that a position runs, until ``resume()``; it stays in line for its claims."""
         self._running -= 1
@@ -95,6 +124,7 @@ class Admission:
     def withdraw(self, position: int) -> bool:
         """Take a position out that has not started; return whether there was one: False if it runs, or ran."""
         if self._next <= position < self._total and position not in self._withdrawn:
+            self._forget_prerequisites(position)
             self._withdrawn.add(position)
             self._move_on(self._next)
             self.has_ready = bool(self._returned) or self._next < self._total
@@ -105,10 +135,16 @@ class Admission:
             self._returned.remove(position)
             heapify(self._returned)
             self.has_ready = bool(self._returned) or self._next < self._total
-        elif not self.is_passed_over(position):
+        elif not self.is_passed_over(position) and not self._is_held_back(position):
             return False
+        self._forget_prerequisites(position)
         self._let_go(position)
         return True
+
+    def _forget_prerequisites(self, position: int) -> None:
+        """Have what a position depends on make no difference to it any more."""
+        if position in self._unmet:
+            self._unmet[position] = -1  # never 0 again, however many succeed
 
     def close(self) -> None:
         """Let nothing start any more."""
@@ -122,6 +158,10 @@ class Admission:
         ticket = self._tickets.get(position)
         return ticket is not None and ticket.waits_for is not None
 
+    def _is_held_back(self, position: int) -> bool:
+        """Whether the turn of a position has come, but others that it depends on have not succeeded yet."""
+        return position < self._next and self._unmet.get(position, 0) > 0
+
     def in_the_way_of(self, position: int) -> tuple[int, str]:
         """Return an earlier position that one that was passed over waits for, and over which resource."""
         found = self._queue.in_the_way_of(self._tickets[position])
@@ -133,14 +173,25 @@ class Admission:
         while self._next < self._total:
             position = self._next
             self._move_on(position + 1)
-            claims = None if self._claims_of is None else self._claims_of(position)
-            if not claims:
+            if not self._unmet.get(position) and self._gets_its_claims(position):
                 return position
-            ticket = self._tickets[position] = self._queue.enter(position, claims)
-            if ticket.waits_for is None:
-                return position
-            self.passed_over.append(position)
         return None
+
+    def _line_up(self, position: int) -> None:
+        """Let a position start that was held back, as soon as there is room and its claims are to be had."""
+        if self._gets_its_claims(position):
+            self._return(position)
+
+    def _gets_its_claims(self, position: int) -> bool:
+        """Put a position in line for its claims; return whether it may have them, or else pass it over."""
+        claims = None if self._claims_of is None else self._claims_of(position)
+        if not claims:
+            return True
+        ticket = self._tickets[position] = self._queue.enter(position, claims)
+        if ticket.waits_for is None:
+            return True
+        self.passed_over.append(position)
+        return False
 
     def _move_on(self, position: int) -> None:
         while position in self._withdrawn:

@@ -3,15 +3,19 @@
 Knows no executor; the run in flight fills it in.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from attrs import define, field
 
 from ._models import NO_USAGE, AgentAssignment, Usage
+from ._outcomes import AgentOutcome
 from .events import write_log
+
+NO_OUTCOMES: Mapping[str, AgentOutcome[Any]] = MappingProxyType({})
 
 
 @define(eq=False)
@@ -23,6 +27,7 @@ class RunContext:
         assignment: What it was given.
         attempt: Which attempt this is, from 1.
         usage: What was metered so far.
+        upstream: The outcomes of the tasks that this one depends on, by their ids.
     """
 
     group_id: str
@@ -30,11 +35,17 @@ class RunContext:
     _shutdown_requested: Callable[[], bool] = field(alias="shutdown_requested", repr=False)
     attempt: int = field(default=1, kw_only=True)
     usage: Usage = field(default=NO_USAGE, kw_only=True)
+    upstream: Mapping[str, AgentOutcome[Any]] = field(default=NO_OUTCOMES, kw_only=True, repr=False)
 
     @property
     def shutdown_requested(self) -> bool:
         """Whether the program is shutting down; finish soon, or be cancelled after the grace period."""
         return self._shutdown_requested()
+
+    @property
+    def budget_exhausted(self) -> bool:
+        """Whether the group's budget is spent: finish soon, nobody else starts."""
+        return False
 
     def record_usage(self, usage: Usage) -> None:
         """Add to what this agent spent; kept in its outcome whatever becomes of the agent."""

@@ -19,28 +19,34 @@ class Stop:
         cause: Completes the sentence ``Cancelled: ...``.
         status: What becomes of those that have not started.
         group_status: What the group's last event says.
+        status_if_running: What becomes of those that run.
     """
 
     cause: str
     group_status: str = "cancelled"
     status: OutcomeStatus = OutcomeStatus.CANCELLED
+    status_if_running: OutcomeStatus = OutcomeStatus.CANCELLED
 
     @property
     def text(self) -> str:
         """For an agent that was running."""
-        return f"Cancelled: {self.cause}"
+        what = "Timed out" if self.status_if_running is OutcomeStatus.TIMED_OUT else "Cancelled"
+        return f"{what}: {self.cause}"
 
     @property
     def text_if_queued(self) -> str:
         """For an agent that had not started."""
         if self.status is OutcomeStatus.REJECTED:
             return "Shutdown in progress"
-        return f"Cancelled before it started: {self.cause}"
+        what = "Skipped" if self.status is OutcomeStatus.SKIPPED else "Cancelled before it started"
+        return f"{what}: {self.cause}"
 
 
 CALLER_CANCELLED = Stop("the caller was cancelled")
 RUN_CANCELLED = Stop("cancel() was called")
 TASK_CANCELLED = Stop("cancel_task() was called")
+ENOUGH = Stop("enough agents succeeded", "enough", OutcomeStatus.SKIPPED)
+BUDGET_SPENT = Stop("the budget is spent", "budget", OutcomeStatus.SKIPPED)
 SHUTDOWN = Stop("the program is shutting down", "shutdown", OutcomeStatus.REJECTED)
 
 

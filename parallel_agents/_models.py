@@ -6,6 +6,7 @@ Knows nothing of how agents are run, where values come from, or of JSON.
 from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum, auto
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Self
 
 from attrs import Factory, field, fields_dict, frozen
@@ -125,6 +126,11 @@ class AgentIdentity:
     model: str | None = field(default=None, validator=optional(not_blank))
 
 
+def _are_distinct(_instance: object, attribute: Any, values: tuple[str, ...]) -> None:
+    if values and (repeated := _repeated(values)):
+        raise ValueError(f"{attribute.name} names tasks twice: {', '.join(repeated)}")
+
+
 def _as_inputs(value: object) -> FrozenDict:
     return json_table(value, "inputs")
 
@@ -138,12 +144,14 @@ class Task:
         title: For people.
         description: What the agent is asked to do.
         inputs: JSON for the engine, read-only.
+        depends_on: Ids of tasks of the same group that have to succeed before this one starts.
     """
 
     id: str = field(validator=not_blank)
     title: str = field(default="", validator=is_text)
     description: str = field(default="", validator=is_text)
     inputs: FrozenDict = field(factory=FrozenDict, converter=_as_inputs)
+    depends_on: tuple[str, ...] = field(default=(), converter=as_tuple, validator=[each_is_a(str), _are_distinct])
 
 
 def _as_claims(values: Iterable[ResourceClaim | str]) -> tuple[ResourceClaim, ...]:
@@ -194,6 +202,29 @@ class AgentAssignment:
         return self.task.id
 
 
+@frozen(kw_only=True)
+class Budget:
+    """What a group may spend, as far as agents meter it; at least one of both is given.
+
+    Attributes:
+        max_cost: In the currency of ``Usage.cost``.
+        max_tokens: Input and output tokens together.
+    """
+
+    max_cost: float | None = field(default=None, validator=optional(number(above=0)))
+    max_tokens: int | None = field(default=None, validator=optional(integer(at_least=1)))
+
+    def __attrs_post_init__(self) -> None:
+        if self.max_cost is None and self.max_tokens is None:
+            raise ValueError("a Budget needs max_cost, max_tokens, or both")
+
+    def is_spent_by(self, usage: Usage) -> bool:
+        """Whether nothing is left after *usage*."""
+        if self.max_cost is not None and usage.cost >= self.max_cost:
+            return True
+        return self.max_tokens is not None and usage.input_tokens + usage.output_tokens >= self.max_tokens
+
+
 class ClaimPolicy(StrEnum):
     """What is done about claims that overlap."""
 
@@ -209,6 +240,21 @@ def _ids_are_unique(_instance: object, _attribute: Any, assignments: tuple[Agent
     if len({a.task.id for a in assignments}) < len(assignments):
         repeated = _repeated(a.task_id for a in assignments)
         raise ValueError(f"Duplicate task IDs: {', '.join(repeated)}. Give each task its own.")
+
+
+def _refuse_circles(assignments: tuple[AgentAssignment, ...]) -> None:
+    """Refuse dependencies on tasks that are not there, and circles."""
+    graph = {a.task.id: a.task.depends_on for a in assignments if a.task.depends_on}
+    if not graph:
+        return
+    known = {a.task.id for a in assignments}
+    unknown = sorted({name for names in graph.values() for name in names} - known)
+    if unknown:
+        raise ValueError(f"Unknown task IDs in depends_on: {', '.join(unknown)}. Name tasks of the same group.")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise ValueError(f"Tasks depend on each other in a circle: {' -> '.join(reversed(error.args[1]))}") from None
 
 
 def refuse_timeout_without_waiting(policy: ClaimPolicy, timeout_seconds: float | None) -> None:
@@ -234,6 +280,9 @@ class ParallelExecutionGroup:
         claim_timeout_seconds: With ``WAIT``: how long an assignment whose turn has come waits for its claims before
             it is given up; ``None`` is as long as it takes.
         allow_shared_agents: Whether an agent may have several tasks; they run one after another.
+        deadline_seconds: Counted from the start of the group; then what runs times out, and nothing more starts.
+        stop_after_successes: After so many, what runs is cancelled, and nothing more starts. 1 is a race.
+        budget: When the metered usage reaches it, nothing more starts; what runs is told and may finish.
     """
 
     group_id: str = field(validator=not_blank)
@@ -245,8 +294,12 @@ class ParallelExecutionGroup:
     claim_policy: ClaimPolicy = field(default=ClaimPolicy.REJECT, validator=is_a(ClaimPolicy))
     claim_timeout_seconds: float | None = field(default=None, validator=optional(number(above=0)))
     allow_shared_agents: bool = field(default=False, validator=is_flag)
+    deadline_seconds: float | None = field(default=None, validator=optional(number(above=0)))
+    stop_after_successes: int | None = field(default=None, validator=optional(integer(at_least=1)))
+    budget: Budget | None = field(default=None, validator=optional(is_a(Budget)))
 
     def __attrs_post_init__(self) -> None:
+        _refuse_circles(self.assignments)
         refuse_timeout_without_waiting(self.claim_policy, self.claim_timeout_seconds)
         if not self.allow_shared_agents and len({a.identity.id for a in self.assignments}) < len(self.assignments):
             repeated = _repeated(a.agent_id for a in self.assignments)
@@ -288,6 +341,7 @@ __all__ = [
     "NO_USAGE",
     "AgentAssignment",
     "AgentIdentity",
+    "Budget",
     "ChatMessage",
     "ClaimPolicy",
     "CompletionConfig",

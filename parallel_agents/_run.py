@@ -9,10 +9,11 @@ Knows engines and locks as protocols only.
 
 import math
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, copy_context
 from enum import Enum, auto
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
@@ -20,12 +21,14 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 from attrs import define
 
-from ._admission import Admission
+from ._admission import NO_PREREQUISITES, Admission
 from ._claims import ResourceClaim
 from ._context import RunContext, _current
 from ._drive import drive
 from ._endings import (
+    BUDGET_SPENT,
     CALLER_CANCELLED,
+    ENOUGH,
     RUN_CANCELLED,
     SHUTDOWN,
     TASK_CANCELLED,
@@ -40,7 +43,7 @@ from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, ParallelExecutionGr
 from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
 from ._shutdown import ShutdownManager
 from ._slots import Slot
-from .engines._metering import larger
+from .engines._metering import difference, larger
 from .engines._protocol import AgentEngine, ChecksAssignments
 from .events import (
     PARALLEL_AGENT_CANCELLED,
@@ -103,6 +106,15 @@ class EngineCall(RunContext):
                 self.due += self.run._clock() - self.waits_since
                 self.run._set_deadline(self)
 
+    @property
+    def budget_exhausted(self) -> bool:
+        return self.run._is_budget_spent
+
+    def record_usage(self, usage: Usage) -> None:
+        self.usage = self.usage + usage
+        if self.run.group.budget is not None:
+            self.run._spend(usage)
+
     def emit(self, name: str, /, **fields: Any) -> None:
         assignment = self.assignment
         self.run._events.emit(name, task_id=assignment.task_id, agent_id=assignment.agent_id, **fields)
@@ -143,7 +155,9 @@ class GroupRun(Generic[T]):
     def __init__(self, group: ParallelExecutionGroup, settings: Settings) -> None:
         self.group = group
         self._settings = settings
-        self._admission = Admission(len(group.assignments), group.max_concurrency, _claims_in_turn(group))
+        self._admission = Admission(
+            len(group.assignments), group.max_concurrency, _claims_in_turn(group), _prerequisites(group)
+        )
         self._outcomes: list[AgentOutcome[T] | None] = [None] * len(group.assignments)
         self._order: list[int] = []
         self._news: anyio.Event | None = None
@@ -175,7 +189,9 @@ class GroupRun(Generic[T]):
         self._claiming: dict[int, anyio.CancelScope] = {}
         self._claiming_in_vain = 0
         self._claim_deadlines: dict[int, float] = {}
-        self._deadline_watch: anyio.CancelScope | None = None
+        self._watches: set[anyio.CancelScope] = set()
+        self._spent = NO_USAGE
+        self._is_budget_spent = False
         self._running: dict[int, EngineCall] = {}
         self._stopped: Stop | None = None
         self._grace_ends = math.inf
@@ -290,6 +306,8 @@ class GroupRun(Generic[T]):
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._spawn_worker()
+                if self.group.deadline_seconds is not None:
+                    self._tasks.start_soon(self._watch_deadline, self.group.deadline_seconds)
                 try:
                     yield
                 except (anyio.get_cancelled_exc_class(), GeneratorExit):
@@ -570,13 +588,12 @@ class GroupRun(Generic[T]):
         if self.group.claim_timeout_seconds is not None:
             deadline = self._clock() + self.group.claim_timeout_seconds
             self._claim_deadlines.update((position, deadline) for position in passed_over)
-            if self._deadline_watch is None:
-                self._deadline_watch = anyio.CancelScope()
-                self._tasks.start_soon(self._watch_claim_deadlines, self._deadline_watch)
+            if len(self._claim_deadlines) == len(passed_over):
+                self._tasks.start_soon(self._watch_claim_deadlines)
 
-    async def _watch_claim_deadlines(self, scope: anyio.CancelScope) -> None:
+    async def _watch_claim_deadlines(self) -> None:
         """Give up those that still wait for others of the group when their time is over."""
-        with scope:
+        with self._watching():
             while self._claim_deadlines:
                 position, deadline = next(iter(self._claim_deadlines.items()))
                 await anyio.sleep_until(deadline)
@@ -585,7 +602,23 @@ class GroupRun(Generic[T]):
                     agent_id = self.group.assignments[other].agent_id
                     self._refuse(position, resource, agent_id)
                 del self._claim_deadlines[position]
-        self._deadline_watch = None
+
+    async def _watch_deadline(self, seconds: float) -> None:
+        """Stop the group when its time is over."""
+        with self._watching():
+            await anyio.sleep_until(self._started + seconds)
+            cause = f"the deadline of the group, {seconds:g} s, is over"
+            self._stop_all(Stop(cause, "deadline", OutcomeStatus.SKIPPED, OutcomeStatus.TIMED_OUT))
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Be ended when every assignment has its outcome."""
+        with anyio.CancelScope() as scope:
+            self._watches.add(scope)
+            try:
+                yield
+            finally:
+                self._watches.discard(scope)
 
     def _give_up(self, position: int, outcome: AgentOutcome[T]) -> bool:
         """Give an assignment that has not started its outcome; return whether it was one."""
@@ -626,6 +659,8 @@ class GroupRun(Generic[T]):
         assignment = self.group.assignments[position]
         call = EngineCall(self.group.group_id, assignment, self._is_shutting_down, self, position, scope, slot, now)
         self._running[position] = call
+        if assignment.task.depends_on:
+            call.upstream = self._upstream_of(assignment)
         if self._is_watched:
             self._tell_progress()
             self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
@@ -636,6 +671,10 @@ class GroupRun(Generic[T]):
             call.lease_watch = anyio.CancelScope()
             self._tasks.start_soon(self._watch_lease, call, lease, call.lease_watch)
         return call
+
+    def _upstream_of(self, assignment: AgentAssignment) -> Mapping[str, AgentOutcome[T]]:
+        found = {name: self._outcomes[self._position_of(name)] for name in assignment.task.depends_on}
+        return MappingProxyType({name: outcome for name, outcome in found.items() if outcome is not None})
 
     def _set_deadline(self, call: EngineCall) -> None:
         """Let the scope end when the agent's time is over, which does not pass while it waits for others."""
@@ -704,8 +743,13 @@ class GroupRun(Generic[T]):
             text = f"Fatal: {error_text(fatal)}"
         elif call.lost_claims:
             text = _lost_text(call)
+        elif call.stop is not None and call.stop.status_if_running is OutcomeStatus.TIMED_OUT:
+            status, text = OutcomeStatus.TIMED_OUT, _late_text(call.stop.text, error, anyio.get_cancelled_exc_class())
         elif call.stop is None and late:
-            status, text = OutcomeStatus.TIMED_OUT, _timeout_text(assignment, error, anyio.get_cancelled_exc_class())
+            status, text = (
+                OutcomeStatus.TIMED_OUT,
+                _late_text(f"Timed out after {assignment.timeout_seconds:g} s", error, anyio.get_cancelled_exc_class()),
+            )
         elif is_cancellation(error, anyio.get_cancelled_exc_class()):
             status, text = OutcomeStatus.CANCELLED, self._cancellation_text(call, now, pending)
         return self._unsuccessful(call, now, status, text, usage=call.usage, exception=error)
@@ -746,6 +790,8 @@ class GroupRun(Generic[T]):
     def _end_call(self, call: EngineCall, outcome: AgentOutcome[T]) -> None:
         """Record the outcome of an engine call, and let it have its consequences."""
         self._admission.finish(call.position)
+        if self.group.budget is not None and outcome.usage is not call.usage:
+            self._spend(difference(outcome.usage, call.usage))
         if self.group.fail_fast and outcome.status in (OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT):
             self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
         if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
@@ -766,6 +812,30 @@ class GroupRun(Generic[T]):
             self._failed += 1
         if self._is_watched or self._news is not None:
             self._tell_news()
+        if self._stopped is None:
+            self._follow(position, outcome)
+
+    def _follow(self, position: int, outcome: AgentOutcome[T]) -> None:
+        """Let an outcome have its consequences for those that have not started."""
+        if outcome.status is OutcomeStatus.SUCCEEDED:
+            if self._succeeded == self.group.stop_after_successes:
+                self._stop_all(ENOUGH)
+            self._admission.satisfy(position)
+            if self._admission.passed_over:
+                self._note_passed_over()
+        elif outcome.status is not OutcomeStatus.SKIPPED:  # those that depend on a skipped one are skipped with it
+            status = outcome.status.value.replace("_", " ")
+            error = f"Skipped: it depends on task {outcome.task_id!r}, which is {status}"
+            for dependent in self._admission.dependents_of(position):
+                self._give_up(dependent, self._never_ran(dependent, OutcomeStatus.SKIPPED, error))
+
+    def _spend(self, usage: Usage) -> None:
+        """Count what an agent spent; when the budget is reached, nothing more starts."""
+        self._spent = self._spent + usage
+        budget = self.group.budget
+        if budget is not None and not self._is_budget_spent and budget.is_spent_by(self._spent):
+            self._is_budget_spent = True
+            self._start_nothing_more(BUDGET_SPENT)
 
     # Stopping
 
@@ -813,8 +883,8 @@ class GroupRun(Generic[T]):
 
     def _settle(self) -> None:
         """Give an outcome to everything that never started."""
-        if self._deadline_watch is not None:
-            self._deadline_watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         if len(self._order) == len(self._outcomes):
             return
         self._admission.close()
@@ -975,10 +1045,18 @@ def _claims_in_turn(group: ParallelExecutionGroup) -> Callable[[int], Sequence[R
     return claims_of
 
 
+def _prerequisites(group: ParallelExecutionGroup) -> Mapping[int, Sequence[int]]:
+    """Return the positions that others depend on, by theirs."""
+    depending = {p: a.task.depends_on for p, a in enumerate(group.assignments) if a.task.depends_on}
+    if not depending:
+        return NO_PREREQUISITES
+    positions = {a.task_id: position for position, a in enumerate(group.assignments)}
+    return {position: [positions[name] for name in names] for position, names in depending.items()}
+
+
 def _lost_text(call: EngineCall) -> str:
     return f"Lost its claim while it ran: {call.lost_claims}. Another may have worked on it since"
 
 
-def _timeout_text(assignment: AgentAssignment, error: BaseException, cancelled: type[BaseException]) -> str:
-    text = f"Timed out after {assignment.timeout_seconds:g} s"
+def _late_text(text: str, error: BaseException, cancelled: type[BaseException]) -> str:
     return text if is_cancellation(error, cancelled) else f"{text}, then raised {error_text(error)}"

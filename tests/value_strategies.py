@@ -9,7 +9,9 @@ from parallel_agents._models import (
     CHAT_ROLES,
     AgentAssignment,
     AgentIdentity,
+    Budget,
     ChatMessage,
+    ClaimPolicy,
     CompletionConfig,
     ParallelExecutionGroup,
     Task,
@@ -56,12 +58,22 @@ assignments = st.builds(
     memory_messages=message_lists,
     resource_claims=st.lists(claims, max_size=2, unique_by=lambda claim: claim.resource),
 )
+positive = amounts.filter(bool)
+budgets = st.builds(Budget, max_cost=st.none() | positive, max_tokens=st.integers(1)) | st.builds(
+    Budget, max_cost=positive
+)
 groups = st.builds(
     ParallelExecutionGroup,
     group_id=ids,
     assignments=st.lists(assignments, min_size=1, max_size=3, unique_by=(lambda a: a.task_id, lambda a: a.agent_id)),
     max_concurrency=st.none() | st.integers(1),
     fail_fast=st.booleans(),
+    claim_policy=st.just(ClaimPolicy.WAIT),
+    claim_timeout_seconds=st.none() | positive,
+    allow_shared_agents=st.booleans(),
+    deadline_seconds=st.none() | positive,
+    stop_after_successes=st.none() | st.integers(1),
+    budget=st.none() | budgets,
 )
 
 
@@ -117,6 +129,7 @@ STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     Task: tasks,
     ResourceClaim: claims,
     AgentAssignment: assignments,
+    Budget: budgets,
     ParallelExecutionGroup: groups,
     AgentRunResult: results(),
     AgentOutcome: outcomes(),

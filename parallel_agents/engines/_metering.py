@@ -32,7 +32,7 @@ class Meter:
     def metered(self) -> Usage:
         """Return what was told to ``record_usage()`` since."""
         now = self._run.usage
-        return NO_USAGE if now is self._before else _difference(now, self._before)
+        return NO_USAGE if now is self._before else difference(now, self._before)
 
     def spent(self, result: object) -> Usage:
         """Return what was spent since, according to what was metered and to *result*, whatever it is."""
@@ -43,10 +43,11 @@ class Meter:
 
     def record(self, result: object) -> None:
         """Add to the run's usage what *result* reports and nobody has metered."""
-        self._run.record_usage(_difference(self.spent(result), self.metered()))
+        self._run.record_usage(difference(self.spent(result), self.metered()))
 
 
-def _difference(now: Usage, before: Usage) -> Usage:
+def difference(now: Usage, before: Usage) -> Usage:
+    """Return what was spent between two accounts, of which the later one is the larger in every field."""
     return Usage(
         input_tokens=now.input_tokens - before.input_tokens,
         output_tokens=now.output_tokens - before.output_tokens,

@@ -261,7 +261,7 @@ class _Attempts:
         return True
 
     def _may_pass(self, error: Exception) -> bool:
-        if fatal_in(error) is not None or self.run.shutdown_requested:
+        if fatal_in(error) is not None or self.run.shutdown_requested or self.run.budget_exhausted:
             return False
         if anyio.get_current_task().has_pending_cancellation():  # what it raised is how it took its cancellation
             return False
