@@ -25,6 +25,7 @@ from rich.text import Text
 
 from . import ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
 from ._display import (
+    ID_CHARACTERS,
     Display,
     choose_display,
     harmless,
@@ -35,8 +36,9 @@ from ._display import (
     print_summary,
 )
 from ._errors import InvalidPlanError, ParallelAgentsError, ParallelExecutionError
+from ._graph import dot, mermaid, tree_lines
 from ._holding import refuse_overlaps
-from ._models import ClaimPolicy
+from ._models import Budget, ClaimPolicy
 from ._report_file import STDOUT, ReportFile
 from .locks.file import FileResourceLock
 from .plan import Plan, load_plan
@@ -124,6 +126,10 @@ def run(
     claim_policy: Literal["reject", "wait"] | None = None,
     claim_timeout: float | None = None,
     lock_dir: Path | None = None,
+    deadline: float | None = None,
+    stop_after: int | None = None,
+    max_cost: float | None = None,
+    max_tokens: int | None = None,
     settings: Overrides = (),
     report: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     only: Tasks = (),
@@ -142,6 +148,10 @@ def run(
         fail_fast: Whether the first failure stops the rest; stands above the plan.
         claim_policy: Whether agents whose claims overlap run one after another; stands above the plan.
         claim_timeout: Seconds that an agent waits for its claims, with the policy `wait`; stands above the plan.
+        deadline: Seconds after which what runs times out and nothing more starts; stands above the plan.
+        stop_after: After so many successes the rest is stopped, and all is well; stands above the plan.
+        max_cost: When agents have spent so much, nothing more starts; stands above the plan's.
+        max_tokens: When agents have used so many tokens, nothing more starts; stands above the plan's.
         lock_dir: Keep out of the claims of all runs on this machine that are given the same folder.
         settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
         report: Write the report to this file, as JSON; `-` is standard output, and then nothing else goes there.
@@ -158,6 +168,10 @@ def run(
         fail_fast=fail_fast,
         claim_policy=None if claim_policy is None else ClaimPolicy(claim_policy),
         claim_timeout_seconds=claim_timeout,
+        deadline_seconds=deadline,
+        stop_after_successes=stop_after,
+        max_cost=max_cost,
+        max_tokens=max_tokens,
     )
     if find_spec(backend) is None:
         raise _CannotGoOnError(f"{backend} is not installed: pip install 'parallel-agents[{backend}]'")
@@ -219,6 +233,34 @@ def check(
 
 
 @app.command
+def graph(
+    plan: Path,
+    /,
+    *,
+    style: Annotated[Literal["tree", "mermaid", "dot"], Parameter(name=["--style", "-s"])] = "tree",
+    settings: Overrides = (),
+    only: Tasks = (),
+) -> int:
+    """Show which tasks of a plan wait for which. Nothing is run.
+
+    Args:
+        plan: A plan file: TOML, JSON or YAML.
+        style: A tree to read; or `mermaid` or `dot` for programs that draw.
+        settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
+        only: Show this task and what it depends on; may be repeated.
+    """
+    assignments = load_plan(plan, overrides=dict(map(_split_setting, settings)))
+    chosen = (assignments.only(only) if only else assignments).group.assignments
+    with _printing(sys.stdout) as console:
+        if style == "tree":
+            for before, name, remark in tree_lines(chosen):
+                console.print(Text(f"{before}{harmless(name, ID_CHARACTERS)} {remark}".rstrip()), soft_wrap=True)
+        else:
+            console.print(Text(mermaid(chosen) if style == "mermaid" else dot(chosen)), soft_wrap=True)
+    return SUCCEEDED
+
+
+@app.command
 def show(report: Path, /) -> int:
     """Show the report of an earlier run as a table, with the exit code of its outcomes.
 
@@ -238,7 +280,7 @@ def _load(path: Path, settings: Iterable[str], only: Sequence[str], **wanted: An
         path: The plan file.
         settings: Keys and values that stand above the file.
         only: Tasks to choose, if any.
-        wanted: Fields of the group that stand above the plan; ``None`` leaves a field as it is.
+        wanted: Fields of the group, or of its budget, that stand above the plan; ``None`` leaves a field as it is.
     """
     overrides = dict(_split_setting(setting) for setting in settings)
     plan = load_plan(path, overrides=overrides)
@@ -246,6 +288,9 @@ def _load(path: Path, settings: Iterable[str], only: Sequence[str], **wanted: An
         plan = plan.only(only)
     changes = {name: value for name, value in wanted.items() if value is not None}
     try:
+        if limits := {name: changes.pop(name) for name in attrs.fields_dict(Budget) if name in changes}:
+            budget = plan.group.budget
+            changes["budget"] = Budget(**limits) if budget is None else attrs.evolve(budget, **limits)
         plan = attrs.evolve(plan, group=attrs.evolve(plan.group, **changes))
         refuse_overlaps(plan.group, ())
     except (ValueError, ParallelAgentsError) as error:
@@ -412,4 +457,6 @@ async def _run_watched(executor: ParallelExecutor, plan: Plan, display: Display)
         problem = f"an agent stopped the program with {type(error).__name__}"
         code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else FAILED
         return _Ending(run.result, problem, code)
-    return _Ending(run.result, None, SUCCEEDED if run.result.all_succeeded else FAILED)
+    enough = plan.group.stop_after_successes
+    is_well = run.result.all_succeeded or (enough is not None and run.result.agents_succeeded >= enough)
+    return _Ending(run.result, None, SUCCEEDED if is_well else FAILED)

@@ -32,7 +32,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import attrs
-from attrs import field, fields, frozen
+from attrs import field, fields, fields_dict, frozen
 from attrs.validators import optional
 from cattrs.errors import BaseValidationError
 from cattrs.preconf.json import JsonConverter
@@ -43,6 +43,7 @@ from ._errors import InvalidPlanError, ParallelAgentsError
 from ._models import (
     AgentAssignment,
     AgentIdentity,
+    Budget,
     ChatMessage,
     ClaimPolicy,
     CompletionConfig,
@@ -89,7 +90,7 @@ class Plan:
         return PlanFacts(path=str(self.path), max_concurrency=group.max_concurrency, fail_fast=group.fail_fast)
 
     def only(self, task_ids: Iterable[str]) -> "Plan":
-        """Return the plan with these tasks only, in the plan's order.
+        """Return the plan with these tasks and what they depend on only, in the plan's order.
 
         Raises:
             InvalidPlanError: If it has no such task, or none is left.
@@ -100,6 +101,12 @@ class Plan:
             raise InvalidPlanError(problems)
         if not wanted:
             raise InvalidPlanError(["no task is chosen, so there is nothing to run"])
+        depends_on = {assignment.task_id: assignment.task.depends_on for assignment in self.group.assignments}
+        following = list(wanted)
+        for task_id in following:
+            new = [name for name in depends_on[task_id] if name not in wanted]
+            wanted.update(new)
+            following += new
         chosen = [assignment for assignment in self.group.assignments if assignment.task_id in wanted]
         return attrs.evolve(self, group=attrs.evolve(self.group, assignments=chosen))
 
@@ -134,15 +141,11 @@ def load_plan(path: str | os.PathLike[str], *, overrides: Mapping[str, str] = _N
         reader.refuse_shared_agents()
     if reader.problems or options is None or engine is None:
         raise InvalidPlanError(reader.problems)
-    group = ParallelExecutionGroup(
-        group_id=options.group_id,
-        max_concurrency=options.max_concurrency,
-        fail_fast=options.fail_fast,
-        claim_policy=options.claim_policy,
-        claim_timeout_seconds=options.claim_timeout_seconds,
-        allow_shared_agents=options.allow_shared_agents,
-        assignments=assignments,
-    )
+    of_group = {name: getattr(options, name) for name in fields_dict(ParallelExecutionGroup) if name != "assignments"}
+    try:
+        group = ParallelExecutionGroup(assignments=assignments, **of_group)
+    except ValueError as error:  # what only all assignments together show
+        raise InvalidPlanError([line("", str(error))]) from error
     return Plan(path=path, group=group, engine=engine)
 
 
@@ -235,6 +238,9 @@ class PlanTable:
         claim_policy: ``reject`` a plan whose claims overlap, or ``wait``: run those that overlap one after another.
         claim_timeout_seconds: With ``wait``: how long an agent waits for its claims; no limit unless given.
         allow_shared_agents: Whether an agent may have several tasks, which then run one after another.
+        deadline_seconds: When, from the start on, what runs times out and nothing more starts; never unless given.
+        stop_after_successes: After so many, what runs is cancelled and nothing more starts; never unless given.
+        budget: ``max_cost`` and ``max_tokens``: when agents have spent one of them, nothing more starts.
         engine: What runs the agents: a table whose ``kind`` is ``process`` or ``module:attribute``, or just the latter.
         defaults: Fields that all assignments have unless they say otherwise.
         workspace: A folder of its own for each agent; all work in the plan's folder unless given.
@@ -247,6 +253,9 @@ class PlanTable:
     claim_policy: ClaimPolicy = _as_in(ParallelExecutionGroup, "claim_policy")  # noqa: RUF009 - makes a field
     claim_timeout_seconds: float | None = _as_in(ParallelExecutionGroup, "claim_timeout_seconds")
     allow_shared_agents: bool = _as_in(ParallelExecutionGroup, "allow_shared_agents")
+    deadline_seconds: float | None = _as_in(ParallelExecutionGroup, "deadline_seconds")
+    stop_after_successes: int | None = _as_in(ParallelExecutionGroup, "stop_after_successes")
+    budget: Budget | None = _as_in(ParallelExecutionGroup, "budget")  # noqa: RUF009 - makes a field
     engine: Any = field(validator=_is_engine)
     workspace: WorkspaceTable | None = None
     defaults: dict[str, Any] = field(factory=dict, validator=_is_table)
@@ -393,6 +402,12 @@ class _PlanReader:
                 self.tell(place, f"makes more than {ASSIGNMENTS_LIMIT} assignments of the plan")
                 break
         self._refuse_repeated("task.id", [(place, assignment.task_id) for place, assignment in found])
+        known = {assignment.task_id for _, assignment in found}
+        any_wrong = bool(self.problems)  # then a task that is missing here may be one that could not be read
+        for place, assignment in found:
+            for name in assignment.task.depends_on:
+                if name not in known and not any_wrong:
+                    self.tell(f"{place}.task.depends_on", _unknown_task(name, sorted(known)))
         self._agents = [(place, assignment.agent_id) for place, assignment in found]
         return [assignment for _, assignment in found]
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import stat
 import subprocess
@@ -732,3 +733,89 @@ def test_the_policy_and_the_lock_folder_can_be_chosen_in_the_call(tmp_path: Path
     wrong = call("run", str(plan), "--claim-policy", "wait", "--lock-dir", str(tmp_path / "file"))
     assert (wrong.returncode, "no locks can be kept in" in wrong.stderr) == (2, True)
     assert "nothing was run" in wrong.stderr
+
+
+FLOW = """
+group_id = "flow"
+[engine]
+kind = "process"
+command = ["sh", "-c", "test $1 != fails", "agent", "{task.id}"]
+"""
+
+
+def flow_plan(folder: Path, dependencies: dict[str, list[str]], options: str = "") -> Path:
+    plan = folder / "flow.toml"
+    tasks = "".join(
+        f"[[assignments]]\nagent = {json.dumps(f'agent of {name}')}\n"
+        f"task = {{ id = {json.dumps(name)}, depends_on = {json.dumps(others)} }}\n"
+        for name, others in dependencies.items()
+    )
+    plan.write_text(FLOW.replace("[engine]", f"{options}\n[engine]") + tasks)
+    return plan
+
+
+def command_line(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    program = [sys.executable, "-m", "parallel_agents", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.proves("X15")
+def test_dependents_of_a_task_that_failed_are_skipped_and_only_takes_what_a_task_needs(tmp_path: Path) -> None:
+    plan = flow_plan(tmp_path, {"last": ["fails", "fine"], "fails": [], "fine": [], "after": ["fine"]})
+    done = command_line("run", plan)
+    assert done.returncode == 1
+    assert "2 succeeded, 1 failed, 1 skipped" in done.stdout
+    assert "Skipped: it depends on task 'fails', which is failed" in done.stdout
+    done = command_line("run", plan, "--only", "after")
+    assert (done.returncode, "2 succeeded" in done.stdout) == (0, True)
+
+
+def test_a_plan_with_wrong_dependencies_is_refused_with_their_places(tmp_path: Path) -> None:
+    done = command_line("check", flow_plan(tmp_path, {"first": ["fisrt"], "second": ["first"]}))
+    assert done.returncode == 2
+    assert "assignments[0].task.depends_on: the plan has no task 'fisrt', did you mean 'first'?" in done.stderr
+    done = command_line("check", flow_plan(tmp_path, {"first": ["second"], "second": ["first"]}))
+    assert (done.returncode, "in a circle: " in done.stderr) == (2, True)
+
+
+def test_the_graph_of_a_plan_can_be_seen(tmp_path: Path) -> None:
+    plan = flow_plan(tmp_path, {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], '\x1b"e': [], "f": ["d"]})
+    assert command_line("graph", plan).stdout.splitlines() == [
+        "a",
+        "├── b",
+        "│   └── d",
+        "│       └── f",
+        "└── c",
+        "    └── d (see above)",
+        '\\x1b"e',
+    ]
+    assert command_line("graph", plan, "--style", "mermaid", "--only", "b").stdout.splitlines() == [
+        "flowchart TD",
+        '    t0["a"]',
+        '    t1["b"]',
+        "    t0 --> t1",
+    ]
+    drawn = command_line("graph", plan, "--style", "dot").stdout
+    assert '    "b" -> "d";' in drawn
+    assert '    " \\"e";' in drawn
+    assert command_line("graph", tmp_path / "none.toml").returncode == 2
+
+
+@pytest.mark.proves("X14")
+def test_the_call_says_when_to_stop(tmp_path: Path) -> None:
+    plan = flow_plan(tmp_path, {str(n): [] for n in range(3)}, "max_concurrency = 1\nbudget = { max_tokens = 5 }")
+    (tmp_path / "spend.sh").write_text("""echo '{"type": "usage", "cost": 2, "input_tokens": 1}'\n""")
+    spending = 'protocol = "jsonl"\ncommand = ["sh", "spend.sh"]'
+    plan.write_text(re.sub("^command = .*$", spending, plan.read_text(), flags=re.MULTILINE))
+    done = command_line("run", plan, "--max-cost", "3")
+    assert (done.returncode, "2 succeeded, 1 skipped" in done.stdout) == (1, True), done.stdout + done.stderr
+    done = command_line("run", plan, "--max-tokens", "1")
+    assert (done.returncode, "1 succeeded, 2 skipped" in done.stdout) == (1, True)
+    done = command_line("run", plan, "--stop-after", "1")
+    assert (done.returncode, "1 succeeded, 2 skipped" in done.stdout) == (0, True)
+    plan = flow_plan(tmp_path, {str(n): [] for n in range(3)}, "max_concurrency = 1")
+    plan.write_text(plan.read_text().replace("test $1 != fails", "sleep 60"))
+    done = command_line("run", plan, "--deadline", "0.3")
+    assert (done.returncode, "1 timed out, 2 skipped" in done.stdout) == (1, True)
+    done = command_line("run", plan, "--max-cost", "0")
+    assert (done.returncode, "max_cost must be > 0" in done.stderr) == (2, True)

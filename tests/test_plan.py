@@ -153,16 +153,17 @@ def test_the_same_plan_reads_the_same_in_every_format(load: Load) -> None:
 def test_every_field_of_an_assignment_can_be_given(load: Load) -> None:
     entry = {
         "agent": {"id": "a", "name": "A", "role": "r", "instructions": "i", "model": "m"},
-        "task": {"id": "t", "title": "T", "description": "d", "inputs": {"x": [1, None]}},
+        "task": {"id": "t", "title": "T", "description": "d", "inputs": {"x": [1, None]}, "depends_on": ["first"]},
         "claims": [{"resource": "r", "mode": "shared"}],
         "completion_config": {"temperature": 0.5, "stop": ["."], "extra": {"k": 1}},
         "max_turns": 3,
         "timeout_seconds": 1.5,
         "memory_messages": [{"role": "user", "content": "hi"}],
     }
-    (read,) = load(assignments=[entry]).group.assignments
+    first = {"agent": "first", "task": {"id": "first"}}
+    _, read = load(assignments=[first, entry]).group.assignments
     assert attrs.asdict(read.identity) == entry["agent"]
-    assert attrs.asdict(read.task) == entry["task"]
+    assert attrs.asdict(read.task) == {**entry["task"], "depends_on": ("first",)}
     assert read.resource_claims == (ResourceClaim(resource="r", mode=ClaimMode.SHARED),)
     assert read.completion_config == CompletionConfig(temperature=0.5, stop=["."], extra={"k": 1})
     assert (read.max_turns, read.timeout_seconds) == (3, 1.5)
@@ -452,7 +453,7 @@ def test_all_problems_are_told_at_once_with_their_places(problems: Problems) -> 
 
         [[assignments]]
         agent = { id = "a", rol = "x" }
-        task = { id = "b", depends_on = ["a"] }
+        task = { id = "b", depend_on = ["a"] }
         claims = [{ path = "x", resource = "y" }, { resource = "z", mode = "sharde" }, 5, {}]
         max_turns = true
         timeout_seconds = -1
@@ -485,7 +486,7 @@ def test_all_problems_are_told_at_once_with_their_places(problems: Problems) -> 
         "assignments[0].agent.id: must not be blank, got ''",
         f"assignments[0].task.inputs[day]: must be {wanted}, got datetime.date(2024, 1, 1) (date)",
         "assignments[1].agent.rol: unknown key 'rol', did you mean 'role'?",
-        "assignments[1].task.depends_on: unknown key 'depends_on'",
+        "assignments[1].task.depend_on: unknown key 'depend_on', did you mean 'depends_on'?",
         "assignments[1].claims[0]: give either 'resource' or 'path'",
         "assignments[1].claims[1].mode: must be one of exclusive, shared, got 'sharde'",
         "assignments[1].claims[2]: must be text or a table, got 5",
