@@ -151,7 +151,7 @@ def test_the_same_plan_reads_the_same_in_every_format(load: Load) -> None:
 
 
 def test_every_field_of_an_assignment_can_be_given(load: Load) -> None:
-    entry = {
+    entry: dict[str, Any] = {
         "agent": {"id": "a", "name": "A", "role": "r", "instructions": "i", "model": "m"},
         "task": {"id": "t", "title": "T", "description": "d", "inputs": {"x": [1, None]}, "depends_on": ["first"]},
         "claims": [{"resource": "r", "mode": "shared"}],
