@@ -155,7 +155,7 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """Build the documentation; every warning and every reference that leads nowhere is an error."""
-    session.install("-q", ".[cli,retry]", *_group("docs"))
+    session.install("-q", ".[cli,retry]", *_group("docs"), *_group("tests"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
 
 

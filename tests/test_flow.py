@@ -21,6 +21,7 @@ from parallel_agents import (
     ParallelEvent,
     ParallelExecutionGroup,
     ParallelExecutor,
+    RunContext,
     Task,
     TerminationReason,
     Usage,
@@ -138,6 +139,31 @@ async def test_claims_are_waited_for_only_when_the_time_to_start_has_come() -> N
         await anyio.lowlevel.checkpoint()
 
     assert (await run(group, agent)).all_succeeded
+
+
+@pytest.mark.proves("X15", "L3")
+@virtual_time
+async def test_one_that_may_start_but_cannot_have_its_claims_yet_waits_for_them_like_others() -> None:
+    def item(name: str, *needs: str) -> AgentAssignment:
+        claims = () if name == "a" else ("r",)
+        return AgentAssignment(
+            identity=AgentIdentity(id=name), task=Task(id=name, depends_on=needs), resource_claims=claims
+        )
+
+    seconds = {"a": 1, "b": 5, "c": 1, "d": 1}
+    group = ParallelExecutionGroup(
+        group_id="g",
+        assignments=[item("a"), item("b"), item("c", "a"), item("d", "c")],
+        claim_policy=ClaimPolicy.WAIT,
+        claim_timeout_seconds=4.5,
+    )
+    result = await run(group, lambda task: anyio.sleep(seconds[task.task_id]))
+    assert result.all_succeeded
+    assert [o.started_after_seconds for o in result.outcomes] == [0, 0, pytest.approx(5), pytest.approx(6)]
+    seconds["b"] = 10
+    result = await run(group, lambda task: anyio.sleep(seconds[task.task_id]))
+    assert statuses(result) == [SUCCEEDED, SUCCEEDED, OutcomeStatus.REJECTED, SKIPPED]
+    assert result.outcomes[2].error == "Claim not to be had within 4.5 s: 'r' is held by 'b'"
 
 
 @pytest.mark.proves("X15")
@@ -325,3 +351,11 @@ def test_a_budget_bounds_something() -> None:
         Budget()
     assert Budget(max_cost=1, max_tokens=1).is_spent_by(Usage(output_tokens=1))
     assert not Budget(max_cost=1).is_spent_by(Usage(output_tokens=1_000))
+
+
+def test_a_context_of_its_own_meters_and_knows_no_budget() -> None:
+    context = RunContext("g", assignment(0), lambda: False)
+    context.record_usage(Usage(cost=1))
+    context.record_usage(Usage(cost=2))
+    assert (context.usage.cost, context.budget_exhausted, context.shutdown_requested) == (3, False, False)
+    assert dict(context.upstream) == {}

@@ -134,6 +134,17 @@ async def test_a_lease_that_is_released_again_frees_nothing_of_a_later_one() -> 
 
 
 @pytest.mark.anyio
+async def test_a_part_of_a_lease_can_be_released_by_its_name() -> None:
+    lock = InMemoryResourceLock()
+    lease = await lock.acquire_claims(claims("a", "b"), "one")
+    await lock.release("a", "one")
+    assert (lock.holder_of("a"), lock.holder_of("b")) == (None, "one")
+    assert [held.resource for held in lock.statistics().held] == ["b"]
+    lease.release()
+    assert lock.statistics().held == ()
+
+
+@pytest.mark.anyio
 async def test_shared_holders_go_together_and_do_not_starve_an_exclusive_one() -> None:
     lock = InMemoryResourceLock()
     order: list[str] = []

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel_agents import (
+    NEVER_LOST,
     AgentAssignment,
     AgentIdentity,
     ClaimMode,
@@ -359,6 +360,70 @@ async def test_those_that_wait_are_told_with_what_and_whom_they_wait_for() -> No
         await executor.execute_group(waiting(("r",), ("s", "r"), ("outside",)))
     told = {(e.task_id, e.agent_id, e.fields["resource"], e.fields["holder"]) for e in events}
     assert told == {("t1", "a1", "r", "a0"), ("t2", "a2", "outside", "outsider")}
+
+
+class RemoteLock(InMemoryResourceLock):
+    """Stands for a lock that is a round trip away: what was begun goes on, whoever is cancelled meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = anyio.Event()
+        self.asked = 0
+
+    async def acquire_claims(self, claims: Sequence[ResourceClaim], holder: str, **options: Any) -> Any:
+        self.asked += 1
+        with anyio.CancelScope(shield=True):
+            await self.answers.wait()
+        return RemoteLease(await super().acquire_claims(claims, holder, **options))
+
+
+@define(eq=False)
+class RemoteLease:
+    inner: MemoryLease
+    lost: Lost = NEVER_LOST
+
+    async def release(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.inner.release()
+
+
+@pytest.mark.proves("L4")
+async def test_claims_that_arrive_after_their_assignment_was_cancelled_are_given_back() -> None:
+    lock = RemoteLock()
+    agents = Gates()
+    with anyio.fail_after(5):
+        executor = ParallelExecutor(engine=agents, resource_lock=lock)
+        async with executor.open_group(waiting(("r",), ("r",))) as run:
+            await wait_all_tasks_blocked()
+            assert lock.asked == 1
+            assert run.cancel_task("t0")
+            lock.answers.set()
+            await wait_all_tasks_blocked()
+            assert agents.started == ["t1"]
+            await agents.open("t1")
+            await wait_all_tasks_blocked()
+            assert not lock.is_locked("r")
+    assert [o.status for o in run.result.outcomes] == [OutcomeStatus.CANCELLED, OutcomeStatus.SUCCEEDED]
+
+
+@pytest.mark.proves("L4")
+async def test_claims_a_round_trip_away_are_given_back_while_others_run() -> None:
+    lock = RemoteLock()
+    lock.answers.set()
+    outside = await InMemoryResourceLock.acquire_claims(lock, (ResourceClaim(resource="r"),), "outsider")
+    agents = Gates()
+    with anyio.fail_after(5):
+        executor = ParallelExecutor(engine=agents, resource_lock=lock)
+        async with executor.open_group(waiting(("r",), ("s",), max_concurrency=1)) as run:
+            await wait_all_tasks_blocked()
+            outside.release()
+            await wait_all_tasks_blocked()
+            assert (agents.started, lock.is_locked("r")) == (["t1"], True)
+            run.cancel_task("t0")
+            await wait_all_tasks_blocked()
+            assert not lock.is_locked("r")
+            await agents.open("t1")
+    assert run.result.agents_succeeded == 1
 
 
 def shared_agents(*agents: str, **options: Any) -> ParallelExecutionGroup:
