@@ -20,6 +20,7 @@ from ._models import Budget as Budget
 from ._models import ChatMessage as ChatMessage
 from ._models import ClaimPolicy as ClaimPolicy
 from ._models import CompletionConfig as CompletionConfig
+from ._models import GroupOptions as GroupOptions
 from ._models import ParallelExecutionGroup as ParallelExecutionGroup
 from ._models import Task as Task
 from ._models import Usage as Usage
@@ -34,6 +35,7 @@ from ._shutdown import CooperativeTimeout as CooperativeTimeout
 from ._shutdown import ImmediateCancel as ImmediateCancel
 from ._shutdown import ShutdownManager as ShutdownManager
 from ._shutdown import ShutdownResult as ShutdownResult
+from ._stream import StreamRun as StreamRun
 from .engines import AgentEngine as AgentEngine
 from .engines import FunctionEngine as FunctionEngine
 from .events import Observer as Observer
@@ -62,6 +64,7 @@ __all__ = [
     "CooperativeTimeout",
     "EngineUnavailableError",
     "FunctionEngine",
+    "GroupOptions",
     "GroupRun",
     "ImmediateCancel",
     "InMemoryResourceLock",
@@ -84,6 +87,7 @@ __all__ = [
     "ShutdownInProgressError",
     "ShutdownManager",
     "ShutdownResult",
+    "StreamRun",
     "Task",
     "TerminationReason",
     "Usage",

@@ -88,6 +88,14 @@ class Admission:
             self._running += 1
         return position
 
+    def extend(self) -> int:
+        """Add a position after all others, and return it."""
+        position = self._total
+        if not self._is_closed:
+            self._total += 1
+            self.has_ready = True
+        return position
+
     def finish(self, position: int) -> None:
         """Note that one of those that were taken has ended; those it was in the way of may start."""
         self._running -= 1

@@ -292,7 +292,7 @@ def _load(path: Path, settings: Iterable[str], only: Sequence[str], **wanted: An
             budget = plan.group.budget
             changes["budget"] = Budget(**limits) if budget is None else attrs.evolve(budget, **limits)
         plan = attrs.evolve(plan, group=attrs.evolve(plan.group, **changes))
-        refuse_overlaps(plan.group, ())
+        refuse_overlaps(plan.group, plan.group.assignments, ())
     except (ValueError, ParallelAgentsError) as error:
         raise _CannotGoOnError(str(error)) from error
     return plan

@@ -1,16 +1,17 @@
 """ParallelExecutor: from a group to a result."""
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 
-from ._models import AgentAssignment, ParallelExecutionGroup
+from ._models import AgentAssignment, GroupOptions, ParallelExecutionGroup
 from ._outcomes import ParallelExecutionResult, ParallelProgress
 from ._run import GroupRun, Settings
 from ._shutdown import ShutdownManager
+from ._stream import StreamRun
 from .engines._protocol import AgentEngine
 from .engines.function import FunctionEngine
 from .events import Observer
@@ -92,9 +93,44 @@ class ParallelExecutor:
             ParallelExecutionError: As ``execute_group()`` does, after the block.
             ValueError: As ``execute_group()`` does, before the block.
         """
-        run: GroupRun[Any] = GroupRun(group, self._settings)
+        run: GroupRun[Any] = GroupRun(group, self._settings, group.assignments)
         async with run.slot_lent(), run.opened():
             yield run
+
+    @asynccontextmanager
+    async def open_stream(
+        self,
+        assignments: Iterable[AgentAssignment] | AsyncIterable[AgentAssignment],
+        *,
+        group_id: str,
+        max_concurrency: int,
+        **options: Any,
+    ) -> AsyncIterator[StreamRun[Any]]:
+        """Run assignments as they come, for the length of a block in which their outcomes are taken.
+
+        An assignment is pulled when an agent can start at once, and none while *max_concurrency* outcomes wait to be
+        taken: memory grows with that number, not with the number of assignments. Iterating over what the block gets
+        yields outcomes in order of completion; it ends when the source has ended and all outcomes are taken, or with
+        the error that the source raised, after what ran was cancelled. Leaving the block cancels what still runs.
+
+        Args:
+            assignments: Any iterable, pulled in the event loop, or asynchronous iterable, which is closed at the end.
+                Ids are unique among those in flight. Tasks that depend on others are refused.
+            group_id: Names the stream in events and locks.
+            max_concurrency: The most engine calls at the same time.
+            options: The other fields of ``GroupOptions``. Claims are taken when an assignment starts, under ``REJECT``
+                as well: then one whose claims are not to be had is ``REJECTED``.
+
+        Raises:
+            ParallelExecutionError: After the block, as ``execute_group()`` does; its ``result`` holds no outcomes.
+        """
+        of_stream = GroupOptions(group_id=group_id, max_concurrency=max_concurrency, **options)
+        run: StreamRun[Any] = StreamRun(assignments, of_stream, self._settings)
+        async with run.slot_lent(), run.opened():
+            try:
+                yield run
+            finally:
+                run.leave()
 
 
 def _as_engine(engine: AgentEngine | Callable[[AgentAssignment], Awaitable[Any]]) -> AgentEngine:

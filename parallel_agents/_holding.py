@@ -13,7 +13,7 @@ import anyio
 from ._claim_queue import ClaimQueue, find_overlap
 from ._claims import ResourceClaim
 from ._errors import ParallelAgentsError, ResourceConflictError
-from ._models import AgentAssignment, ClaimPolicy, ParallelExecutionGroup
+from ._models import AgentAssignment, ClaimPolicy, GroupOptions
 from .events import PARALLEL_LOCK_RELEASE_ERROR, GroupEvents, error_text
 from .locks._protocol import NEVER_LOST, ClaimLock, Lease, Lost, ResourceLock
 
@@ -25,14 +25,16 @@ LONGEST_PAUSE_SECONDS = 1.0
 """How long to wait before asking a lock of single resources again; twice as long each time, from one to the other."""
 
 
-def refuse_overlaps(group: ParallelExecutionGroup, enclosing: Sequence[AgentAssignment]) -> None:
+def refuse_overlaps(
+    group: GroupOptions, assignments: Sequence[AgentAssignment], enclosing: Sequence[AgentAssignment]
+) -> None:
     """Refuse claims that overlap what an enclosing assignment holds, or, under ``REJECT``, each other.
 
     Raises:
         ResourceConflictError: Naming the resource and both agents.
         ParallelAgentsError: If the group could wait without end for what others hold, who wait for what encloses it.
     """
-    claiming = [a for a in group.assignments if a.resource_claims]
+    claiming = [a for a in assignments if a.resource_claims]
     if group.claim_policy is ClaimPolicy.REJECT:
         overlap = find_overlap((a.task_id, a.resource_claims) for a in claiming)
         if overlap is not None:
@@ -63,22 +65,37 @@ class HeldClaims:
 
     Args:
         lock: Where claims are taken.
-        group: Whose claims they are.
+        group_id: Names the group in the holders.
         events: Where failures to give back are told.
     """
 
-    def __init__(self, lock: ResourceLock, group: ParallelExecutionGroup, events: GroupEvents) -> None:
+    def __init__(self, lock: ResourceLock, group_id: str, events: GroupEvents) -> None:
         self._lock = lock
         self._claim_lock = lock if isinstance(lock, ClaimLock) else None
         self._events = events
-        self._claimed = {p: a for p, a in enumerate(group.assignments) if a.resource_claims}
-        execution = secrets.token_hex(8)
-        self._holders = {p: f"{group.group_id}:{a.task_id}#{execution}" for p, a in self._claimed.items()}
-        self._agents = {self._holders[p]: a.agent_id for p, a in self._claimed.items()}
+        self._group_id = group_id
+        self._execution = secrets.token_hex(8)
+        self._claimed: dict[int, AgentAssignment] = {}
+        self._holders: dict[int, str] = {}
+        self._agents: dict[str, str] = {}
         self._unfinished: list[Awaitable[None]] = []
-        self.are_needed = bool(self._claimed)
+        self.are_needed = False
+        """Whether any assignment claims anything."""
         self.leases: dict[int, HeldLease] = {}
         self.errors: list[Exception] = []
+
+    def add(self, position: int, assignment: AgentAssignment) -> None:
+        """Note what an assignment claims; nothing is taken yet."""
+        if assignment.resource_claims:
+            self.are_needed = True
+            self._claimed[position] = assignment
+            holder = self._holders[position] = f"{self._group_id}:{assignment.task_id}#{self._execution}"
+            self._agents[holder] = assignment.agent_id
+
+    def forget(self, position: int) -> None:
+        """Keep nothing of an assignment that has its outcome."""
+        if self._claimed.pop(position, None) is not None:
+            del self._agents[self._holders.pop(position)]
 
     def lack(self, position: int) -> bool:
         """Whether an assignment does not hold what it claims: not yet, or not any more."""
@@ -104,8 +121,8 @@ class HeldClaims:
         Raises:
             ResourceConflictError: If they are not to be had in time.
         """
-        claims, holder = self._claimed[position].resource_claims, self._holders[position]
-        self.give_back_later(position)  # there is something only if it was lost
+        assignment, holder = self._claimed[position], self._holders[position]
+        claims = assignment.resource_claims
         try:
             if self._claim_lock is not None:
                 lease = await self._claim_lock.acquire_claims(claims, holder, timeout_seconds=timeout_seconds)
@@ -116,7 +133,7 @@ class HeldClaims:
         except ResourceConflictError as error:
             await self._give_back_now(position)  # noqa: ASYNC120 - it is shielded
             current = self._agents.get(error.holder, error.holder)
-            raise ResourceConflictError(error.resource, current, self._claimed[position].agent_id) from error
+            raise ResourceConflictError(error.resource, current, assignment.agent_id) from error
         except BaseException:
             await self._give_back_now(position)  # noqa: ASYNC102 - it is shielded and bounded itself
             raise

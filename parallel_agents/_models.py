@@ -268,12 +268,11 @@ def refuse_timeout_without_waiting(policy: ClaimPolicy, timeout_seconds: float |
 
 
 @frozen(kw_only=True)
-class ParallelExecutionGroup:
-    """Assignments that run together.
+class GroupOptions:
+    """How assignments run together, whichever they are.
 
     Attributes:
         group_id: Names the group in events, reports and locks.
-        assignments: At least one; task ids and agent ids are unique.
         max_concurrency: The most engine calls at the same time; ``None`` is no limit.
         fail_fast: Whether the first failure stops the rest.
         claim_policy: What is done about claims that overlap each other, or what is held outside the group.
@@ -286,9 +285,6 @@ class ParallelExecutionGroup:
     """
 
     group_id: str = field(validator=not_blank)
-    assignments: tuple[AgentAssignment, ...] = field(
-        converter=as_tuple, validator=[each_is_a(AgentAssignment), _ids_are_unique]
-    )
     max_concurrency: int | None = field(default=None, validator=optional(integer(at_least=1)))
     fail_fast: bool = field(default=False, validator=is_flag)
     claim_policy: ClaimPolicy = field(default=ClaimPolicy.REJECT, validator=is_a(ClaimPolicy))
@@ -299,8 +295,24 @@ class ParallelExecutionGroup:
     budget: Budget | None = field(default=None, validator=optional(is_a(Budget)))
 
     def __attrs_post_init__(self) -> None:
-        _refuse_circles(self.assignments)
         refuse_timeout_without_waiting(self.claim_policy, self.claim_timeout_seconds)
+
+
+@frozen(kw_only=True)
+class ParallelExecutionGroup(GroupOptions):
+    """Assignments that run together; see ``GroupOptions`` for how.
+
+    Attributes:
+        assignments: At least one; task ids are unique, and so are agent ids unless ``allow_shared_agents``.
+    """
+
+    assignments: tuple[AgentAssignment, ...] = field(
+        converter=as_tuple, validator=[each_is_a(AgentAssignment), _ids_are_unique]
+    )
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        _refuse_circles(self.assignments)
         if not self.allow_shared_agents and len({a.identity.id for a in self.assignments}) < len(self.assignments):
             repeated = _repeated(a.agent_id for a in self.assignments)
             raise ValueError(
@@ -345,6 +357,7 @@ __all__ = [
     "ChatMessage",
     "ClaimPolicy",
     "CompletionConfig",
+    "GroupOptions",
     "ParallelExecutionGroup",
     "ResourceClaim",
     "Task",

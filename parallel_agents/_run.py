@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, copy_context
 from enum import Enum, auto
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -39,7 +39,7 @@ from ._endings import (
 )
 from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConflictError
 from ._holding import HeldClaims, HeldLease, refuse_overlaps
-from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, ParallelExecutionGroup, Usage
+from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, GroupOptions, Usage
 from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
 from ._shutdown import ShutdownManager
 from ._slots import Slot
@@ -152,13 +152,17 @@ class GroupRun(Generic[T]):
     next outcome, ends with the group's last, and cancelling it cancels nothing else.
     """
 
-    def __init__(self, group: ParallelExecutionGroup, settings: Settings) -> None:
+    def __init__(
+        self,
+        group: GroupOptions,
+        settings: Settings,
+        assignments: Sequence[AgentAssignment] | dict[int, AgentAssignment],
+    ) -> None:
         self.group = group
         self._settings = settings
-        self._admission = Admission(
-            len(group.assignments), group.max_concurrency, _claims_in_turn(group), _prerequisites(group)
-        )
-        self._outcomes: list[AgentOutcome[T] | None] = [None] * len(group.assignments)
+        self._assignments = assignments
+        self._admission = self._make_admission()
+        self._outcomes: list[AgentOutcome[T] | None] = [None] * len(assignments)
         self._order: list[int] = []
         self._news: anyio.Event | None = None
         self._positions: dict[str, int] | None = None
@@ -174,7 +178,9 @@ class GroupRun(Generic[T]):
             self._started,
             lambda order: this._end_for_callback(order),  # noqa: PLW0108 - its bound method would be strong
         )
-        self._claims = HeldClaims(settings.resource_lock, group, self._events)
+        self._claims = HeldClaims(settings.resource_lock, group.group_id, self._events)
+        for position, assignment in enumerate(self._known_assignments()):
+            self._claims.add(position, assignment)
         self._enclosing = _enclosing_call()
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
         self._is_watched = False
@@ -210,8 +216,8 @@ class GroupRun(Generic[T]):
         """How far the group is, at this moment."""
         return ParallelProgress(
             group_id=self.group.group_id,
-            total=len(self._outcomes),
-            completed=len(self._order),
+            total=self._total,
+            completed=self._succeeded + self._failed + self._parked,
             in_progress=len(self._running),
             succeeded=self._succeeded,
             failed=self._failed,
@@ -251,6 +257,44 @@ class GroupRun(Generic[T]):
     def __aiter__(self) -> "OutcomeIterator[T]":
         return OutcomeIterator(self)
 
+    # What a group knows of its assignments, and keeps of them
+
+    _is_over = True
+    """Whether no assignment can come any more."""
+
+    @property
+    def _total(self) -> int:
+        return len(self._outcomes)
+
+    def _known_assignments(self) -> Sequence[AgentAssignment]:
+        assignments = self._assignments
+        return tuple(assignments.values()) if isinstance(assignments, dict) else assignments
+
+    def _make_admission(self) -> Admission:
+        assignments = self._known_assignments()
+        return Admission(
+            len(assignments),
+            self.group.max_concurrency,
+            _claims_in_turn(self.group, self._assignments),
+            _prerequisites(assignments),
+        )
+
+    def _begin(self) -> None:
+        """Start the first task of the group."""
+        self._spawn_worker()
+
+    def _keep(self, position: int, outcome: AgentOutcome[T]) -> None:
+        self._outcomes[position] = outcome
+        self._order.append(position)
+
+    def _has_outcome(self, position: int) -> bool:
+        return self._outcomes[position] is not None
+
+    def _without_outcome(self) -> list[int]:
+        if len(self._order) == len(self._outcomes):
+            return []
+        return [position for position, outcome in enumerate(self._outcomes) if outcome is None]
+
     # From opening to closing
 
     @asynccontextmanager
@@ -258,7 +302,7 @@ class GroupRun(Generic[T]):
         """Run the group for the length of the block, and raise at its end what must be raised."""
         group = self.group
         self._events.start(
-            agent_count=len(self._outcomes), max_concurrency=group.max_concurrency, fail_fast=group.fail_fast
+            agent_count=len(self._assignments) or None, max_concurrency=group.max_concurrency, fail_fast=group.fail_fast
         )
         try:
             self._validate()
@@ -305,7 +349,7 @@ class GroupRun(Generic[T]):
         self._attach_to_shutdown()
         try:
             async with anyio.create_task_group() as self._tasks:
-                self._spawn_worker()
+                self._begin()
                 if self.group.deadline_seconds is not None:
                     self._tasks.start_soon(self._watch_deadline, self.group.deadline_seconds)
                 try:
@@ -329,7 +373,7 @@ class GroupRun(Generic[T]):
             await self._claims.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
             self._result = ParallelExecutionResult(
                 group_id=self.group.group_id,
-                outcomes=cast("list[AgentOutcome[T]]", self._outcomes),
+                outcomes=[outcome for outcome in self._outcomes if outcome is not None],
                 total_duration_seconds=self._clock() - self._started,
             )
         if raised is not None:
@@ -342,9 +386,9 @@ class GroupRun(Generic[T]):
                 raise ParallelAgentsError(
                     f"Groups are nested {self._depth} deep, more than {MAX_NESTING}. Give the work to one flat group"
                 )
-            refuse_overlaps(self.group, self._enclosing_assignments())
+            refuse_overlaps(self.group, self._known_assignments(), self._enclosing_assignments())
             if isinstance(self._settings.engine, ChecksAssignments):
-                for assignment in self.group.assignments:
+                for assignment in self._known_assignments():
                     self._settings.engine.check(assignment)
         except Exception as error:
             self._events.emit(PARALLEL_VALIDATION_ERROR, error=error_text(error))
@@ -408,14 +452,19 @@ class GroupRun(Generic[T]):
             self._workers -= 1
             if self._admission.has_ready and not self._workers_suffice():
                 self._spawn_worker()
-            elif not self._workers:
-                self._settle()
-                if self._claims.are_owed:
-                    self._tasks.start_soon(self._claims.give_back_all)
-                self._detach_from_shutdown()
-                self._let_parked_tasks_end()
+            else:
+                self._end_if_over()
         if fitness is Fitness.HOLDS_A_SCOPE:
             await self._park()
+
+    def _end_if_over(self) -> None:
+        """See to what there is to do when nothing runs and nothing more can start."""
+        if not self._workers and self._is_over:
+            self._settle()
+            if self._claims.are_owed:
+                self._tasks.start_soon(self._claims.give_back_all)
+            self._detach_from_shutdown()
+            self._let_parked_tasks_end()
 
     async def _pull(self) -> "Fitness":
         """Run assignments until none is left, or until the task is spoiled."""
@@ -560,7 +609,7 @@ class GroupRun(Generic[T]):
             raise
         except Exception as error:  # noqa: BLE001 - whatever a user's lock raises
             self._fail_unstarted(position, OutcomeStatus.FAILED, f"Claims not taken: {error_text(error)}", error)
-        if self._outcomes[position] is None:
+        if not self._has_outcome(position):
             self._admission.resume(position)
         elif (still_held := self._claims.give_back(position)) is not None:
             await self._claims.finish(still_held)
@@ -584,7 +633,7 @@ class GroupRun(Generic[T]):
         if self._events.are_heard:
             for position in passed_over:
                 other, resource = self._admission.in_the_way_of(position)
-                self._tell_waiting(position, resource, self.group.assignments[other].agent_id)
+                self._tell_waiting(position, resource, self._assignments[other].agent_id)
         if self.group.claim_timeout_seconds is not None:
             deadline = self._clock() + self.group.claim_timeout_seconds
             self._claim_deadlines.update((position, deadline) for position in passed_over)
@@ -599,7 +648,7 @@ class GroupRun(Generic[T]):
                 await anyio.sleep_until(deadline)
                 if self._admission.is_passed_over(position):
                     other, resource = self._admission.in_the_way_of(position)
-                    agent_id = self.group.assignments[other].agent_id
+                    agent_id = self._assignments[other].agent_id
                     self._refuse(position, resource, agent_id)
                 del self._claim_deadlines[position]
 
@@ -634,7 +683,7 @@ class GroupRun(Generic[T]):
 
     def _refuse(self, position: int, resource: str, holder: str) -> None:
         seconds = self.group.claim_timeout_seconds
-        what = "Lost its claim before it started" if seconds is None else f"Claim not to be had within {seconds:g} s"
+        what = "Claim not to be had" if seconds is None else f"Claim not to be had within {seconds:g} s"
         error = f"{what}: {resource!r} is held by {holder!r}"
         self._fail_unstarted(position, OutcomeStatus.REJECTED, error)
 
@@ -656,7 +705,7 @@ class GroupRun(Generic[T]):
     # One engine call
 
     def _start_call(self, position: int, scope: anyio.CancelScope, slot: Slot | None, now: float) -> EngineCall:
-        assignment = self.group.assignments[position]
+        assignment = self._assignments[position]
         call = EngineCall(self.group.group_id, assignment, self._is_shutting_down, self, position, scope, slot, now)
         self._running[position] = call
         if assignment.task.depends_on:
@@ -802,8 +851,7 @@ class GroupRun(Generic[T]):
         self._record(call.position, outcome)
 
     def _record(self, position: int, outcome: AgentOutcome[T]) -> None:
-        self._outcomes[position] = outcome
-        self._order.append(position)
+        self._keep(position, outcome)
         if outcome.status is OutcomeStatus.SUCCEEDED:
             self._succeeded += 1
         elif outcome.status is OutcomeStatus.PARKED:
@@ -885,16 +933,15 @@ class GroupRun(Generic[T]):
         """Give an outcome to everything that never started."""
         for watch in self._watches:
             watch.cancel()
-        if len(self._order) == len(self._outcomes):
+        positions = self._without_outcome()
+        if not positions:
             return
         self._admission.close()
         stop = self._stopped or CALLER_CANCELLED
-        for position, outcome in enumerate(self._outcomes):
-            if outcome is None:
-                self._claims.give_back_later(position)
-                self._outcomes[position] = self._unstarted(position, stop)
-                self._order.append(position)
-                self._failed += 1
+        for position in positions:
+            self._claims.give_back_later(position)
+            self._keep(position, self._unstarted(position, stop))
+            self._failed += 1
         self._tell_news()
 
     def _unstarted(self, position: int, stop: Stop) -> AgentOutcome[T]:
@@ -903,7 +950,7 @@ class GroupRun(Generic[T]):
     def _never_ran(
         self, position: int, status: OutcomeStatus, error: str, exception: Exception | None = None
     ) -> AgentOutcome[T]:
-        assignment = self.group.assignments[position]
+        assignment = self._assignments[position]
         return AgentOutcome(
             task_id=assignment.task_id,
             agent_id=assignment.agent_id,
@@ -915,7 +962,7 @@ class GroupRun(Generic[T]):
 
     def _position_of(self, task_id: str) -> int:
         if self._positions is None:
-            self._positions = {a.task_id: position for position, a in enumerate(self.group.assignments)}
+            self._positions = {a.task_id: position for position, a in enumerate(self._known_assignments())}
         try:
             return self._positions[task_id]
         except KeyError:
@@ -949,7 +996,7 @@ class GroupRun(Generic[T]):
 
     def _tell_waiting(self, position: int, resource: str, holder: str) -> None:
         if self._events.are_heard:
-            assignment = self.group.assignments[position]
+            assignment = self._assignments[position]
             self._events.emit(
                 PARALLEL_AGENT_WAITING,
                 task_id=assignment.task_id,
@@ -1027,13 +1074,14 @@ def _enclosing_call() -> EngineCall | None:
     return current if isinstance(current, EngineCall) else None
 
 
-def _claims_in_turn(group: ParallelExecutionGroup) -> Callable[[int], Sequence[ResourceClaim]] | None:
-    """Return what the assignment at a position needs for itself among the others of its group, if any needs anything.
+def _claims_in_turn(
+    group: GroupOptions, assignments: Sequence[AgentAssignment] | dict[int, AgentAssignment]
+) -> Callable[[int], Sequence[ResourceClaim]] | None:
+    """Return what the assignment at a position needs for itself among the others of its group, if any may need it.
 
     An agent that has several tasks is a resource that its tasks claim.
     """
-    assignments = group.assignments
-    waits = group.claim_policy is ClaimPolicy.WAIT and any(a.resource_claims for a in assignments)
+    waits = group.claim_policy is ClaimPolicy.WAIT
     if not group.allow_shared_agents:
         return (lambda position: assignments[position].resource_claims) if waits else None
 
@@ -1045,12 +1093,12 @@ def _claims_in_turn(group: ParallelExecutionGroup) -> Callable[[int], Sequence[R
     return claims_of
 
 
-def _prerequisites(group: ParallelExecutionGroup) -> Mapping[int, Sequence[int]]:
+def _prerequisites(assignments: Sequence[AgentAssignment]) -> Mapping[int, Sequence[int]]:
     """Return the positions that others depend on, by theirs."""
-    depending = {p: a.task.depends_on for p, a in enumerate(group.assignments) if a.task.depends_on}
+    depending = {p: a.task.depends_on for p, a in enumerate(assignments) if a.task.depends_on}
     if not depending:
         return NO_PREREQUISITES
-    positions = {a.task_id: position for position, a in enumerate(group.assignments)}
+    positions = {a.task_id: position for position, a in enumerate(assignments)}
     return {position: [positions[name] for name in names] for position, names in depending.items()}
 
 

@@ -269,6 +269,67 @@ def test_nothing_is_left_undone_when_the_caller_is_cancelled_at_any_step(
         assert injection.happened
 
 
+def run_stream(backend: str, scenario: Scenario, injection: Injection, kind: str, seed: int | None) -> int:
+    """Run the assignments of a scenario as a stream; return how many outcomes were taken."""
+    lock = InMemoryResourceLock()
+    taken = 0
+    swallowed = False
+
+    async def program() -> None:
+        nonlocal swallowed, taken
+        executor = ParallelExecutor(engine=scenario.engine, resource_lock=lock)
+        with anyio.CancelScope() as outer, anyio.fail_after(500):
+            injection.act = outer.cancel if kind == "scope" else asyncio.current_task().cancel  # type: ignore[union-attr]
+            source = iter(scenario.group().assignments)
+            async with executor.open_stream(source, group_id="s", max_concurrency=2) as outcomes:
+                async for _ in outcomes:
+                    taken += 1
+            injection.act = None
+            for _ in range(3):
+                await anyio.lowlevel.checkpoint()
+            swallowed = injection.happened
+        injection.act = None
+
+    async def observed() -> None:
+        try:
+            await program()
+        except asyncio.CancelledError:
+            if kind != "native":
+                raise
+        finally:
+            scenario.is_over = True
+            injection.act = None
+
+    stepping.run(backend, observed, seed=seed, on_step=injection.on_step)
+    assert not swallowed, "the caller's cancellation was swallowed"
+    assert not lock.statistics().held
+    assert sorted(scenario.started) == sorted(scenario.closed)
+    assert not scenario.touched_after_the_end
+    assert scenario.peak <= 2
+    return taken
+
+
+@pytest.mark.proves("X5", "X8", "X11", "L4")
+@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize(("backend", "kind"), [("asyncio", "scope"), ("asyncio", "native"), ("trio", "scope")])
+def test_nothing_of_a_stream_is_left_undone_when_its_caller_is_cancelled_at_any_step(
+    backend: str, kind: str, seed: int | None
+) -> None:
+    def make() -> Scenario:
+        return Scenario((quick, sleeps_one_second) * 3, claims=True)
+
+    undisturbed = Injection(None)
+    assert run_stream(backend, make(), undisturbed, kind, seed) == 6
+    for step in range(1, undisturbed.steps + 1):
+        injection = Injection(step)
+        try:
+            run_stream(backend, make(), injection, kind, seed)
+        except BaseException as error:
+            error.add_note(f"cancelled at step {step} of {undisturbed.steps}")
+            raise
+        assert injection.happened
+
+
 @pytest.mark.proves("X4")
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_no_agent_starts_after_the_first_failure_in_any_order_of_events(backend: str) -> None:

@@ -709,6 +709,7 @@ def test_agents_that_claim_the_same_run_one_after_another_in_all_runs_with_one_l
     assert [code for _, _, code in ends] == [0, 0], ends
     assert all("3 succeeded" in table for table, _, _ in ends)
     assert all("waiting: a1 on t1, for a0: path:" in lines for _, lines, _ in ends)
+    assert [path for path in (tmp_path / "locks").iterdir() if path.name.startswith("session-")] == []
 
 
 def test_the_policy_and_the_lock_folder_can_be_chosen_in_the_call(tmp_path: Path) -> None:

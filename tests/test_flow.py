@@ -166,6 +166,63 @@ async def test_one_that_may_start_but_cannot_have_its_claims_yet_waits_for_them_
     assert result.outcomes[2].error == "Claim not to be had within 4.5 s: 'r' is held by 'b'"
 
 
+@pytest.mark.proves("X15", "X1")
+@pytest.mark.parametrize("limit", [None, 1])
+async def test_one_that_is_cancelled_before_it_may_start_does_not_start_later(limit: int | None) -> None:
+    """Held back, not looked at yet, and lined up without room."""
+    started: list[str] = []
+    go_on = {name: anyio.Event() for name in "abcd"}
+
+    async def agent(task: AgentAssignment) -> None:
+        started.append(task.task_id)
+        await go_on[task.task_id].wait()
+
+    with anyio.fail_after(5):
+        group = graph({"a": "", "b": "a", "c": "", "d": ""}, max_concurrency=limit)
+        async with ParallelExecutor(engine=agent).open_group(group) as open_run:
+            await wait_all_tasks_blocked()
+            assert open_run.cancel_task("b")
+            for event in go_on.values():
+                event.set()
+    assert [o.status for o in open_run.result.outcomes] == [SUCCEEDED, CANCELLED, SUCCEEDED, SUCCEEDED]
+    assert sorted(started) == ["a", "c", "d"]
+
+
+@pytest.mark.proves("X15", "X1")
+async def test_one_that_is_cancelled_when_it_has_all_but_room_does_not_start_later() -> None:
+    started: list[str] = []
+    go_on = {name: anyio.Event() for name in "abcd"}
+
+    async def agent(task: AgentAssignment) -> None:
+        started.append(task.task_id)
+        await go_on[task.task_id].wait()
+
+    with anyio.fail_after(5):
+        group = graph({"b": "a", "d": "a", "a": "", "c": ""}, max_concurrency=2)
+        async with ParallelExecutor(engine=agent).open_group(group) as open_run:
+            await wait_all_tasks_blocked()
+            go_on["a"].set()
+            await wait_all_tasks_blocked()
+            assert started == ["a", "c", "b"]
+            assert open_run.cancel_task("d")
+            for event in go_on.values():
+                event.set()
+    assert open_run.result.outcome_of("d").status is CANCELLED
+    assert started == ["a", "c", "b"]
+
+
+@pytest.mark.proves("X4", "X15")
+async def test_with_fail_fast_what_depends_on_the_failed_one_is_cancelled_like_all_others() -> None:
+    async def agent(task: AgentAssignment) -> None:
+        raise ValueError
+
+    result = await run(graph({"b": "a", "a": "", "c": ""}, fail_fast=True, max_concurrency=1), agent)
+    assert statuses(result) == [CANCELLED, FAILED, CANCELLED]
+    assert {o.error for o in result.outcomes if o.status is CANCELLED} == {
+        "Cancelled before it started: agent 'agent a' failed"
+    }
+
+
 @pytest.mark.proves("X15")
 @pytest.mark.parametrize(
     ("dependencies", "said"),

@@ -59,6 +59,7 @@ class PlainLock:
 
     holders: dict[str, str] = field(factory=dict)
     acquired: list[str] = field(factory=list)
+    released: list[str] = field(factory=list)
 
     async def acquire(self, resource: str, holder: str) -> bool:
         await anyio.lowlevel.checkpoint()
@@ -69,6 +70,7 @@ class PlainLock:
 
     async def release(self, resource: str, holder: str) -> None:
         await anyio.lowlevel.checkpoint()
+        self.released.append(resource)
         if self.holders.get(resource) == holder:
             del self.holders[resource]
 
@@ -194,6 +196,7 @@ async def test_a_plain_lock_is_asked_in_sorted_order_again_and_again_until_the_t
     assert lock.acquired[:2] == ["a", "b"]
     assert 60 <= len(lock.acquired) / 2 <= 150
     assert lock.holders == {"c": "outsider"}
+    assert lock.released == lock.acquired
 
 
 @pytest.mark.proves("L3", "P1")
@@ -426,6 +429,25 @@ async def test_claims_a_round_trip_away_are_given_back_while_others_run() -> Non
     assert run.result.agents_succeeded == 1
 
 
+@pytest.mark.proves("L4")
+async def test_claims_a_round_trip_away_are_given_back_when_all_is_stopped_and_the_block_goes_on() -> None:
+    lock = RemoteLock()
+    lock.answers.set()
+    outside = await InMemoryResourceLock.acquire_claims(lock, (ResourceClaim(resource="r"),), "outsider")
+    agents = Gates()
+    with anyio.fail_after(5):
+        executor = ParallelExecutor(engine=agents, resource_lock=lock)
+        async with executor.open_group(waiting(("r",), ("s",), max_concurrency=1)) as run:
+            await wait_all_tasks_blocked()
+            outside.release()
+            await wait_all_tasks_blocked()
+            assert lock.is_locked("r")
+            run.cancel()
+            await wait_all_tasks_blocked()
+            assert not lock.is_locked("r")
+    assert run.result.agents_succeeded == 0
+
+
 def shared_agents(*agents: str, **options: Any) -> ParallelExecutionGroup:
     return ParallelExecutionGroup(
         group_id="g",
@@ -557,7 +579,7 @@ async def test_a_lease_that_is_lost_before_its_agent_starts_is_taken_again_if_it
     outcome = run.result.outcomes[1]
     if held_by_another:
         assert outcome.status is OutcomeStatus.REJECTED
-        assert outcome.error == "Lost its claim before it started: 'r' is held by 'another'"
+        assert outcome.error == "Claim not to be had: 'r' is held by 'another'"
     else:
         assert outcome.is_success
         assert not lock.is_locked("r")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import attrs
 from hypothesis import strategies as st
 
 from parallel_agents._claims import ClaimMode, ResourceClaim
@@ -13,6 +14,7 @@ from parallel_agents._models import (
     ChatMessage,
     ClaimPolicy,
     CompletionConfig,
+    GroupOptions,
     ParallelExecutionGroup,
     Task,
     Usage,
@@ -121,7 +123,11 @@ progresses = st.tuples(*[st.integers(0, 9)] * 5).map(
         in_progress=n[3],
     )
 )  # fmt: skip
+group_options = groups.map(
+    lambda group: GroupOptions(**{name: getattr(group, name) for name in attrs.fields_dict(GroupOptions)})
+)
 STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
+    GroupOptions: group_options,
     Usage: usages,
     ChatMessage: messages,
     CompletionConfig: configs,
