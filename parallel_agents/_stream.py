@@ -66,8 +66,7 @@ class StreamRun(GroupRun[T]):
                 if self._source_error is not None:
                     raise self._source_error
                 raise StopAsyncIteration
-            if self._news is None:
-                self._news = anyio.Event()
+            self._news = self._news or anyio.Event()
             await self._news.wait()
         outcome = self._ended.popleft()
         self._make_room()

@@ -95,6 +95,24 @@ async def test_each_assignment_has_one_outcome_and_no_more_run_than_the_limit(*,
     assert source.is_closed == asynchronous
 
 
+async def test_a_source_may_be_any_asynchronous_iterable() -> None:
+    class Numbers:
+        def __init__(self) -> None:
+            self.left = 3
+
+        def __aiter__(self) -> "Numbers":
+            return self
+
+        async def __anext__(self) -> AgentAssignment:
+            await anyio.lowlevel.checkpoint()
+            if not self.left:
+                raise StopAsyncIteration
+            self.left -= 1
+            return assignment(self.left)
+
+    assert len(await taken(ParallelExecutor(engine=fine), Numbers())) == 3
+
+
 async def test_nothing_is_pulled_before_an_agent_can_start_nor_while_outcomes_wait_to_be_taken() -> None:
     go_on = anyio.Event()
 
