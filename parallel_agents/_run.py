@@ -195,6 +195,7 @@ class GroupRun(Generic[T]):
         self._claiming: dict[int, anyio.CancelScope] = {}
         self._claiming_in_vain = 0
         self._claim_deadlines: dict[int, float] = {}
+        self._watches_claims = False
         self._watches: set[anyio.CancelScope] = set()
         self._spent = NO_USAGE
         self._is_budget_spent = False
@@ -637,7 +638,8 @@ class GroupRun(Generic[T]):
         if self.group.claim_timeout_seconds is not None:
             deadline = self._clock() + self.group.claim_timeout_seconds
             self._claim_deadlines.update((position, deadline) for position in passed_over)
-            if len(self._claim_deadlines) == len(passed_over):
+            if not self._watches_claims:
+                self._watches_claims = True
                 self._tasks.start_soon(self._watch_claim_deadlines)
 
     async def _watch_claim_deadlines(self) -> None:
@@ -650,7 +652,8 @@ class GroupRun(Generic[T]):
                     other, resource = self._admission.in_the_way_of(position)
                     agent_id = self._assignments[other].agent_id
                     self._refuse(position, resource, agent_id)
-                del self._claim_deadlines[position]
+                self._claim_deadlines.pop(position, None)
+        self._watches_claims = False
 
     async def _watch_deadline(self, seconds: float) -> None:
         """Stop the group when its time is over."""

@@ -252,6 +252,50 @@ async def test_claims_in_a_stream_are_taken_when_an_assignment_starts(policy: Cl
     assert lock.is_locked("r") == rejected
 
 
+@pytest.mark.proves("L3")
+@virtual_time
+async def test_time_to_wait_for_claims_is_limited_in_a_stream_as_well() -> None:
+    """Each of three in turn holds the file for three seconds; then nobody waits for a while; then again."""
+    seconds = {"t0": 3, "t1": 3, "t2": 3, "t3": 20, "t4": 3, "t5": 3}
+
+    async def agent(task: AgentAssignment) -> None:
+        await anyio.sleep(seconds[task.task_id])
+
+    def items() -> Iterator[AgentAssignment]:
+        for number in range(6):
+            yield assignment(number, resource_claims=() if number == 3 else ("r",))
+
+    outcomes = await taken(
+        ParallelExecutor(engine=agent), items(), claim_policy=ClaimPolicy.WAIT, claim_timeout_seconds=5
+    )
+    statuses = {outcome.task_id: outcome.status for outcome in outcomes}
+    assert len(statuses) == 6
+    late = [task_id for task_id, status in statuses.items() if status is OutcomeStatus.REJECTED]
+    assert late == ["t2"]
+    assert all(o.is_success for o in outcomes if o.task_id != "t2")
+
+
+@pytest.mark.proves("L3")
+@virtual_time
+async def test_one_watch_is_enough_for_all_that_wait_in_a_stream() -> None:
+    tasks = 0
+
+    async def agent(task: AgentAssignment) -> None:
+        nonlocal tasks
+        await anyio.sleep(1)
+        tasks = max(tasks, len(anyio.get_running_tasks()))
+
+    outcomes = await taken(
+        ParallelExecutor(engine=agent),
+        Source(40, resource_claims=("r",)),
+        max_concurrency=2,
+        claim_policy=ClaimPolicy.WAIT,
+        claim_timeout_seconds=1_000,
+    )
+    assert all(outcome.is_success for outcome in outcomes)
+    assert tasks < 8
+
+
 @pytest.mark.proves("X4", "X14")
 @virtual_time
 @pytest.mark.parametrize(
