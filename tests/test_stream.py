@@ -287,7 +287,7 @@ async def test_one_watch_is_enough_for_all_that_wait_in_a_stream() -> None:
 
     outcomes = await taken(
         ParallelExecutor(engine=agent),
-        Source(40, resource_claims=("r",)),
+        (assignment(number, resource_claims=(f"r{number // 2}",)) for number in range(40)),
         max_concurrency=2,
         claim_policy=ClaimPolicy.WAIT,
         claim_timeout_seconds=1_000,
