@@ -282,7 +282,7 @@ async def test_one_watch_is_enough_for_all_that_wait_in_a_stream() -> None:
 
     async def agent(task: AgentAssignment) -> None:
         nonlocal tasks
-        await anyio.sleep(1)
+        await anyio.sleep(1 if int(task.task_id[1:]) % 2 == 0 else 0.5)
         tasks = max(tasks, len(anyio.get_running_tasks()))
 
     outcomes = await taken(
