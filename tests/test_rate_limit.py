@@ -19,6 +19,7 @@ from parallel_agents import (
     AgentAssignment,
     AgentIdentity,
     AgentRunResult,
+    Budget,
     CooperativeTimeout,
     FunctionEngine,
     OutcomeStatus,
@@ -670,3 +671,40 @@ async def test_a_run_without_a_group_has_no_timeout_to_charge() -> None:
     (task,) = group_of(1).assignments
     with RunContext("g", task, lambda: False).not_charged():
         await anyio.lowlevel.checkpoint()
+
+
+@virtual_time
+@pytest.mark.parametrize(("stall", "together"), [(0.03, 4), (10.0, 7)])
+async def test_a_loop_that_wakes_up_late_catches_up_a_little_and_not_without_end(stall: float, together: int) -> None:
+    """The sixth agent blocks the loop: then those that were due meanwhile start at once, as far as that is allowed."""
+    trio_lowlevel = pytest.importorskip("trio").lowlevel
+    starts: list[float] = []
+
+    async def agent(task: AgentAssignment) -> None:
+        starts.append(anyio.current_time())
+        if len(starts) == 6:
+            trio_lowlevel.current_clock().jump(stall)
+
+    engine = RateLimitedEngine(FunctionEngine(agent), RateLimit(100, per_seconds=1))
+    began = anyio.current_time()
+    assert (await ParallelExecutor(engine=engine).execute_group(group_of(30))).all_succeeded
+    at_once = [start for start in starts if start - began == pytest.approx(0.05 + stall, abs=0.001)]
+    assert len(at_once) in (together - 1, together)
+    if stall < 1:
+        assert starts[-1] - began == pytest.approx(0.29)
+
+
+@virtual_time
+async def test_a_spent_budget_ends_retrying() -> None:
+    attempts = 0
+
+    async def agent(task: AgentAssignment) -> None:
+        nonlocal attempts
+        attempts += 1
+        current_run().record_usage(Usage(cost=1))
+        raise ConnectionError
+
+    policy = RetryPolicy(attempts=10, retry_on=(ConnectionError,))
+    group = group_of(1, budget=Budget(max_cost=3))
+    result = await ParallelExecutor(engine=RetryEngine(FunctionEngine(agent), policy)).execute_group(group)
+    assert (attempts, result.outcomes[0].usage.cost) == (3, 3)

@@ -24,6 +24,9 @@ from ._metering import Meter
 from ._protocol import AgentEngine, ChecksAssignments
 from ._retry_after import retry_after_seconds
 
+LATE_SECONDS = 0.05
+"""How late an event loop may wake somebody up in line without lowering the rate; what is later is lost."""
+
 KEYS_KEPT_AT_LEAST = 16
 """Below so many keys nobody looks whether some of them are idle."""
 
@@ -49,7 +52,7 @@ class RateLimit:
     Before an engine call, *reserve* is taken; afterwards that is corrected by the usage of the call, if it has any. A
     call may cost more than has been saved up: it starts when all before it is paid off, and those after it wait for it.
     So there are never more than ``burst + amount * t / per_seconds`` granted in any *t* seconds, and what the last of
-    them cost above one.
+    them cost above one. Where the event loop wakes those in line up late, *t* counts up to ``LATE_SECONDS`` more.
 
     May be made outside an event loop, and be used in several, one after another; each has a count of its own. Keys
     that are idle are forgotten.
@@ -251,9 +254,10 @@ class _Turn:
                 self.news = anyio.Event()
                 with anyio.CancelScope(deadline=ready_at):
                     await self.news.wait()
-            now = anyio.current_time()
+            # Counted from when it was due, so that the time by which a loop wakes up late is not lost each time.
+            due = max(ready_at, anyio.current_time() - LATE_SECONDS)
             for share in self.shares:
-                share.take(now)
+                share.take(due)
         finally:
             for share in self.shares:
                 share.cell.line.pop(self, None)
