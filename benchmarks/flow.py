@@ -2,9 +2,11 @@
 
 import argparse
 import gc
+import resource
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import anyio
 
@@ -52,6 +54,18 @@ def stream(count: int) -> Callable[[], Awaitable[float]]:
     return program
 
 
+async def memory_over_time(count: int) -> None:
+    """Print the resident memory at each fifth of a stream."""
+    seen = 0
+    source = map(item, range(count))
+    async with ParallelExecutor(engine=agent).open_stream(source, group_id="s", max_concurrency=AT_ONCE) as outcomes:
+        async for _ in outcomes:
+            seen += 1
+            if seen % (count // 5) == 0:
+                pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])  # noqa: ASYNC240 - memory, no disk
+                print(f"    after {seen:9,}: {pages * resource.getpagesize() / 1e6:.0f} MB")
+
+
 def peak_bytes(program: Callable[[], Awaitable[float]], backend: str) -> int:
     tracemalloc.start()
     try:
@@ -80,6 +94,7 @@ def main() -> None:
         print(f"  plain group of 100,000             {plain_wide:6.2f} us per agent")
         print(f"  a tree of 100,000 nodes            {wide:6.2f} us, {wide / plain_wide:.2f} of it, aim 2")
         print(f"  a stream of {long:<10,}             {micros(stream(long), long, rounds=1):6.2f} us per agent")
+        anyio.run(memory_over_time, long, backend=backend)
         few, many = peak_bytes(stream(1_000), backend), peak_bytes(stream(20_000), backend)
         print(f"  peak memory of a stream: {few / 1e3:.0f} kB for 1,000, {many / 1e3:.0f} kB for 20,000 assignments")
 
