@@ -1,10 +1,12 @@
 """The lock in a file: what processes do to each other, also when they are killed or stand still."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
@@ -250,6 +252,21 @@ async def test_two_groups_of_two_locks_keep_out_of_each_others_claims(folder: Pa
     assert [result.all_succeeded for result in results] == [True, True]
     for lock in locks:
         lock.close()
+
+
+def test_a_folder_is_opened_by_one_process_after_another(folder: Path) -> None:
+    """SQLite does not wait for others where a file gets its journal mode, but fails."""
+    folder.mkdir()
+    with (folder / "opening").open("w") as opening, ThreadPoolExecutor(1) as threads:
+        fcntl.flock(opening, fcntl.LOCK_EX)
+        lock = FileResourceLock(folder)
+        opened = threads.submit(lock.open)
+        with pytest.raises(TimeoutError):
+            opened.result(timeout=0.2)
+        fcntl.flock(opening, fcntl.LOCK_UN)
+        opened.result(timeout=20)
+    assert lock.statistics().held == ()
+    lock.close()
 
 
 def test_the_files_are_private_and_a_lock_can_be_opened_again(folder: Path) -> None:

@@ -85,17 +85,18 @@ class FileStore:
         self._database = sqlite3.connect(
             folder / "locks.sqlite3", timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        # Locks need not outlive a power failure, since no holder does; only the file must stay whole.
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
-            self._database.execute(f"PRAGMA {pragma}")
         self.session = secrets.token_hex(8)
         # The file is locked before anybody can know of it, and stays open as long as this object.
         self._session_file = os.open(self._path_of(self.session), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         fcntl.flock(self._session_file, fcntl.LOCK_EX)
-        with self._changing() as database:
-            for statement in _SCHEMA.split(";"):
-                database.execute(statement)
-            database.execute("INSERT INTO sessions VALUES (?, ?)", (self.session, os.getpid()))
+        with _alone(folder / "opening"):  # SQLite does not wait for others where a file gets its journal mode
+            # Locks need not outlive a power failure, since no holder does; only the file must stay whole.
+            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+                self._database.execute(f"PRAGMA {pragma}")
+            with self._changing() as database:
+                for statement in _SCHEMA.split(";"):
+                    database.execute(statement)
+                database.execute("INSERT INTO sessions VALUES (?, ?)", (self.session, os.getpid()))
 
     def close(self) -> None:
         """Give back all that was taken through this object, and leave no file of its own behind."""
@@ -244,6 +245,17 @@ class FileStore:
             if stored.token is not None:
                 queue.enter(stored.holder, stored.claims)
         return queue.owner_of(ResourceClaim(resource=resource))
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep all other processes and threads out of such a block for its length."""
+    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def _tickets(database: sqlite3.Connection) -> list[StoredTicket]:
