@@ -3,10 +3,13 @@
 import math
 import os
 import pickle
+import shutil
 import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from parallel_agents import (
     current_run,
 )
 from parallel_agents.engines.process import ProcessEngine
-from parallel_agents.engines.worktree import GitError, MergeConflictError, WorktreeEngine, working_folder
+from parallel_agents.engines.worktree import GitError, MergeConflictError, WorktreeEngine, _remove, working_folder
 
 pytestmark = pytest.mark.anyio
 
@@ -352,6 +355,42 @@ async def test_files_that_resist_are_taken_away_all_the_same(repo: Path) -> None
 
     await run(WorktreeEngine(FunctionEngine(agent), repo), 2)
     check_that_nothing_is_left(repo)
+
+
+@pytest.fixture
+def folder_of_nobody() -> Iterator[Path]:
+    """A folder of a user whom permissions bind, whoever runs the tests; this process is that user meanwhile."""
+    base = Path(tempfile.mkdtemp())
+    folder = base / "folder"
+    folder.mkdir()
+    user, is_root = os.geteuid(), os.geteuid() == 0
+    if is_root:
+        base.chmod(0o755)
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(base)
+
+
+def test_only_a_worktree_itself_is_opened_up_to_be_removed(folder_of_nobody: Path) -> None:
+    outside = folder_of_nobody / "outside"
+    outside.mkdir()
+    outside.chmod(0o500)
+    worktree = folder_of_nobody / "worktree"
+    (worktree / "a" / "b").mkdir(parents=True)
+    (worktree / "a" / "b" / "file").touch()
+    (worktree / "a" / "link").symlink_to(outside)
+    for folder in (worktree / "a" / "b", worktree / "a", worktree):
+        folder.chmod(0)
+    folder_of_nobody.chmod(0o750)
+    _remove(worktree)
+    assert list(folder_of_nobody.iterdir()) == [outside]
+    _remove(worktree)  # is gone already
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o500
+    assert stat.S_IMODE(folder_of_nobody.stat().st_mode) == 0o750
 
 
 async def test_what_a_killed_process_left_is_swept_up_and_what_a_living_one_has_is_not(repo: Path) -> None:

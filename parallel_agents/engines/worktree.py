@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -389,24 +389,21 @@ async def _take_away(top: Path, path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    if sys.version_info >= (3, 12):
-        shutil.rmtree(folder, onexc=_remove_the_protected)
-    else:
-        shutil.rmtree(folder, onerror=_remove_the_protected)
-
-
-def _remove_the_protected(function: Callable[..., Any], path: str, _error: object) -> None:
-    """Try again with the rights to do it; what is gone already is no error."""
+    """Remove a folder with all in it, also what its owner may not change."""
     try:
-        Path(path).parent.chmod(stat.S_IRWXU)
-        if not Path(path).is_symlink():
-            Path(path).chmod(stat.S_IRWXU)
-        if function in (os.open, os.scandir, os.lstat):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            function(path)
+        shutil.rmtree(folder)
     except OSError:
-        return
+        _allow_changes(folder)
+        for parent, names, _ in os.walk(folder):  # looks into a folder after its parent's turn
+            for name in names:
+                _allow_changes(Path(parent, name))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _allow_changes(folder: Path) -> None:
+    if not folder.is_symlink():  # may lead out of the worktree
+        with suppress(OSError):
+            folder.chmod(stat.S_IRWXU)
 
 
 async def _sweep(top: Path) -> None:
