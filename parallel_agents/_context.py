@@ -36,6 +36,7 @@ class RunContext:
     attempt: int = field(default=1, kw_only=True)
     usage: Usage = field(default=NO_USAGE, kw_only=True)
     upstream: Mapping[str, AgentOutcome[Any]] = field(default=NO_OUTCOMES, kw_only=True, repr=False)
+    _usage_watchers: tuple[Callable[[Usage], object], ...] = field(default=(), init=False, repr=False)
 
     @property
     def shutdown_requested(self) -> bool:
@@ -50,6 +51,17 @@ class RunContext:
     def record_usage(self, usage: Usage) -> None:
         """Add to what this agent spent; kept in its outcome whatever becomes of the agent."""
         self.usage = self.usage + usage
+        for watcher in self._usage_watchers:
+            watcher(usage)
+
+    @contextmanager
+    def watching_usage(self, watcher: Callable[[Usage], object], /) -> Iterator[None]:
+        """Call *watcher* with each usage that is recorded in the block; for engines that wrap another."""
+        self._usage_watchers += (watcher,)
+        try:
+            yield
+        finally:
+            self._usage_watchers = tuple(known for known in self._usage_watchers if known is not watcher)
 
     def emit(self, name: str, /, **fields: Any) -> None:
         """Send an event about this agent to the log and to the observers; *name* is a constant of ``events``."""

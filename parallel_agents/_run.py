@@ -111,7 +111,7 @@ class EngineCall(RunContext):
         return self.run._is_budget_spent
 
     def record_usage(self, usage: Usage) -> None:
-        self.usage = self.usage + usage
+        RunContext.record_usage(self, usage)
         if self.run.group.budget is not None:
             self.run._spend(usage)
 

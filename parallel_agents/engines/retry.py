@@ -19,10 +19,11 @@ from attrs.validators import optional
 
 from .._checks import integer, number, shown, wrong_type
 from .._context import RunContext, current_run
-from .._endings import fatal_in, leaves
+from .._endings import leaves
 from .._models import AgentAssignment
 from .._outcomes import AgentRunResult, TerminationReason
 from ..events import PARALLEL_AGENT_RETRY, error_text
+from ._going_on import may_go_on_after
 from ._metering import Meter
 from ._protocol import AgentEngine, ChecksAssignments
 from ._retry_after import retry_after_seconds
@@ -261,11 +262,8 @@ class _Attempts:
         return True
 
     def _may_pass(self, error: Exception) -> bool:
-        if fatal_in(error) is not None or self.run.shutdown_requested or self.run.budget_exhausted:
-            return False
-        if anyio.get_current_task().has_pending_cancellation():  # what it raised is how it took its cancellation
-            return False
-        return isinstance(error, _RefusedResultError) or self.policy.covers(error)
+        is_covered = isinstance(error, _RefusedResultError) or self.policy.covers(error)
+        return is_covered and may_go_on_after(error, self.run)
 
     def _wait_after(self, error: Exception, attempt: stamina.Attempt) -> float:
         jitter = random.uniform(0.0, self.policy.jitter_seconds)  # noqa: S311 - spreads load, hides nothing
