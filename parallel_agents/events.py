@@ -28,6 +28,7 @@ PARALLEL_AGENT_ERROR: Final = "execution.parallel.agent_error"
 PARALLEL_AGENT_CANCELLED: Final = "execution.parallel.agent_cancelled"
 """Warning: ``group_id``, ``agent_id``, ``task_id``."""
 PARALLEL_AGENT_RETRY: Final = "execution.parallel.agent_retry"
+PARALLEL_AGENT_RESUMED: Final = "execution.parallel.agent_resumed"
 """Warning, before the wait: ``group_id``, ``agent_id``, ``task_id``, ``attempt`` (the failed one), ``wait_seconds``,
 ``error``.
 """
@@ -57,6 +58,7 @@ _LEVELS: Final = {
     PARALLEL_AGENT_ERROR: "WARNING",
     PARALLEL_AGENT_CANCELLED: "WARNING",
     PARALLEL_AGENT_RETRY: "WARNING",
+    PARALLEL_AGENT_RESUMED: "INFO",
     PARALLEL_LOCK_ACQUIRED: "DEBUG",
     PARALLEL_LOCK_RELEASED: "DEBUG",
     PARALLEL_LOCK_CONFLICT: "DEBUG",
