@@ -6,9 +6,11 @@ Knows the whole library. What is printed is made in ``_display``.
 import contextlib
 import json
 import re
+import secrets
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,7 +25,7 @@ from loguru import logger
 from rich.console import Console
 from rich.text import Text
 
-from . import ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
+from . import OutcomeStatus, ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
 from ._display import (
     ID_CHARACTERS,
     Display,
@@ -37,9 +39,14 @@ from ._display import (
 )
 from ._errors import InvalidPlanError, ParallelAgentsError, ParallelExecutionError
 from ._graph import dot, mermaid, tree_lines
+from ._history import print_execution, print_history
 from ._holding import refuse_overlaps
 from ._models import Budget, ClaimPolicy
 from ._report_file import STDOUT, ReportFile
+from .engines.journal import JournaledEngine
+from .journals import JournalError
+from .journals._reading import is_in_use, is_journal
+from .journals.sqlite import RecordedExecution, SqliteJournal, read_journal
 from .locks.file import FileResourceLock
 from .plan import Plan, load_plan
 from .serialization import EnvironmentFacts, InvalidDataError
@@ -126,6 +133,8 @@ def run(
     claim_policy: Literal["reject", "wait"] | None = None,
     claim_timeout: float | None = None,
     lock_dir: Path | None = None,
+    journal: Path | None = None,
+    fresh: Flag = False,
     deadline: float | None = None,
     stop_after: int | None = None,
     max_cost: float | None = None,
@@ -153,6 +162,8 @@ def run(
         max_cost: When agents have spent so much, nothing more starts; stands above the plan's.
         max_tokens: When agents have used so many tokens, nothing more starts; stands above the plan's.
         lock_dir: Keep out of the claims of all runs on this machine that are given the same folder.
+        journal: Keep in this file what agents did; where a run of the plan was interrupted, go on with it.
+        fresh: Run all agents again, whatever is in the journal.
         settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
         report: Write the report to this file, as JSON; `-` is standard output, and then nothing else goes there.
         only: Run this task only; may be repeated.
@@ -179,10 +190,12 @@ def run(
     if log_level is not None:
         _log_to_stderr(log_level)
     display = choose_display(quiet=quiet, json_events=json_events)
+    lock = _file_lock(lock_dir)
+    record = _record(journal, chosen, display, is_fresh=fresh, is_whole=not only)
     is_on_stdout = report_file is not None and report_file.is_stdout
     # What agents print in this process must not mix with the report.
     with contextlib.redirect_stdout(sys.stderr) if is_on_stdout else contextlib.nullcontext():
-        ending = _run(chosen, display, backend, _file_lock(lock_dir))
+        ending = _run(chosen, display, backend, lock, record)
     if ending.problem is not None:
         _complain(ending.problem)
     if ending.result is None:
@@ -261,16 +274,51 @@ def graph(
 
 
 @app.command
-def show(report: Path, /) -> int:
-    """Show the report of an earlier run as a table, with the exit code of its outcomes.
+def history(journal: Path, /) -> int:
+    """List the runs that a journal has, the latest one last.
 
     Args:
-        report: A file that `run --report` wrote.
+        journal: A file that `run --journal` wrote; it may be in use.
     """
+    executions = _read_journal(journal)
+    with _printing(sys.stdout) as console:
+        print_history(console, executions, in_use=is_in_use(journal))
+    return SUCCEEDED
+
+
+@app.command
+def show(report: Path, /, *, execution: str | None = None) -> int:
+    """Show an earlier run as a table, with the exit code of its outcomes.
+
+    Args:
+        report: A file that `run --report` or `run --journal` wrote.
+        execution: Which run of a journal, as `history` names it; the latest one unless given.
+    """
+    if is_journal(report):
+        return _show_execution(report, execution)
+    if execution is not None:
+        raise _CannotGoOnError("--execution goes with a journal, not with a report")
     result = serialization.read_report(report).result
     with _printing(sys.stdout) as console:
         print_summary(console, result)
     return SUCCEEDED if result.all_succeeded else FAILED
+
+
+def _show_execution(path: Path, name: str | None) -> int:
+    executions = _read_journal(path)
+    chosen = [execution for execution in executions if name in (None, execution.name)]
+    if not chosen:
+        raise _CannotGoOnError(f"the journal has no run {name!r}" if name else "the journal has no runs")
+    with _printing(sys.stdout) as console:
+        print_execution(console, chosen[-1])
+    return SUCCEEDED if all(a.status == "succeeded" for a in chosen[-1].last_attempts) else FAILED
+
+
+def _read_journal(path: Path) -> tuple[RecordedExecution, ...]:
+    try:
+        return read_journal(path)
+    except JournalError as error:
+        raise _CannotGoOnError(str(error)) from error
 
 
 def _load(path: Path, settings: Iterable[str], only: Sequence[str], **wanted: Any) -> Plan:
@@ -314,6 +362,47 @@ def _file_lock(folder: Path | None) -> FileResourceLock | None:
     except (OSError, sqlite3.Error) as error:
         raise _CannotGoOnError(f"no locks can be kept in {str(folder)!r}: {_reason(error)}; nothing was run") from error
     return lock
+
+
+@frozen
+class _Record:
+    """Where a run is recorded, and under which name.
+
+    Attributes:
+        journal: Open.
+        execution: The name.
+        is_whole: Whether all agents of the plan are run, so that the execution may be finished.
+    """
+
+    journal: SqliteJournal
+    execution: str
+    is_whole: bool
+
+    def finish_if_done(self, result: ParallelExecutionResult[Any], *, is_well: bool) -> None:
+        """Let the next run start afresh if each agent came to an end of its own, or the group to what it was for."""
+        if self.is_whole and (is_well or all(outcome.status in _OWN_ENDS for outcome in result.outcomes)):
+            self.journal.finish(self.execution)
+
+
+_OWN_ENDS = (OutcomeStatus.SUCCEEDED, OutcomeStatus.PARKED, OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT)
+
+
+def _record(path: Path | None, plan: Plan, display: Display, *, is_fresh: bool, is_whole: bool) -> _Record | None:
+    """Open the journal, and choose the run to go on with, or the name of a new one."""
+    if path is None:
+        if is_fresh:
+            raise _CannotGoOnError("--fresh goes with --journal")
+        return None
+    group_id = plan.group.group_id
+    journal = SqliteJournal(path)
+    try:
+        journal.open()
+        earlier = None if is_fresh else journal.unfinished(group_id)
+    except JournalError as error:
+        raise _CannotGoOnError(f"{error}; nothing was run") from error
+    if earlier is not None:
+        display.say(f"Going on with {earlier}: what succeeded there does not run again (it would with --fresh)")
+    return _Record(journal, earlier or f"{group_id}-{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}", is_whole)
 
 
 def _report_file(path: str | None) -> ReportFile | None:
@@ -393,13 +482,15 @@ class _Ending:
     code: int
 
 
-def _run(plan: Plan, display: Display, backend: str, lock: FileResourceLock | None) -> _Ending:
+def _run(plan: Plan, display: Display, backend: str, lock: FileResourceLock | None, record: _Record | None) -> _Ending:
     """Run a plan, and be deaf to signals afterwards: the exit code is decided."""
     try:
-        return anyio.run(_run_until_signalled, plan, display, lock, backend=backend)
+        return anyio.run(_run_until_signalled, plan, display, lock, record, backend=backend)
     finally:
         if lock is not None:
             lock.close()
+        if record is not None:
+            record.journal.close()
         for signum in _SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -421,9 +512,14 @@ class _Announcer:
             self._display.say("Interrupted again: cancelling what still runs")
 
 
-async def _run_until_signalled(plan: Plan, display: Display, lock: FileResourceLock | None) -> _Ending:
+async def _run_until_signalled(
+    plan: Plan, display: Display, lock: FileResourceLock | None, record: _Record | None
+) -> _Ending:
     manager = ShutdownManager()
-    executor = ParallelExecutor(engine=plan.engine, resource_lock=lock, shutdown_manager=manager, observers=(display,))
+    engine = plan.engine
+    if record is not None:
+        engine = JournaledEngine(engine, record.journal, execution=record.execution, version=plan.engine_text)
+    executor = ParallelExecutor(engine=engine, resource_lock=lock, shutdown_manager=manager, observers=(display,))
     async with manager.handle_signals():
         try:
             announcer = _Announcer(display)
@@ -433,6 +529,11 @@ async def _run_until_signalled(plan: Plan, display: Display, lock: FileResourceL
             manager.detach(announcer)
             if manager.received_signal is not None:
                 ending = attrs.evolve(ending, code=128 + manager.received_signal)
+            elif record is not None and ending.result is not None:
+                try:
+                    record.finish_if_done(ending.result, is_well=ending.code == SUCCEEDED)
+                except JournalError as error:
+                    ending = attrs.evolve(ending, problem=str(error), code=FAILED)
         finally:
             # A signal between here, where the handlers go, and where signals are ignored has to wait.
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ._models import Usage
 from ._outcomes import AgentOutcome, OutcomeStatus, ParallelExecutionResult
 from .events import (
     PARALLEL_AGENT_START,
@@ -172,7 +173,8 @@ def print_summary(console: Console, result: ParallelExecutionResult[Any]) -> Non
     if len(listed) < len(result.outcomes):
         console.print(Text(f"{len(result.outcomes) - len(listed)} more are not listed here; a report has them all"))
     group = harmless(result.group_id, ID_CHARACTERS)
-    console.print(Text(f"{group}: {counts_text(result)}{_usage_text(result)}"), soft_wrap=True)
+    spent = spent_text(result.total_usage)
+    console.print(Text(f"{group}: {counts_text(result)}{spent and f'; {spent}'}"), soft_wrap=True)
 
 
 def _summary_table(outcomes: Iterable[AgentOutcome[Any]]) -> Table:
@@ -188,13 +190,13 @@ def _summary_table(outcomes: Iterable[AgentOutcome[Any]]) -> Table:
     return table
 
 
-def _usage_text(result: ParallelExecutionResult[Any]) -> str:
-    usage = result.total_usage
+def spent_text(usage: Usage) -> str:
+    """Return what was spent, or nothing."""
     tokens = usage.input_tokens + usage.output_tokens
     spent = [f"{tokens} tokens"] if tokens else []
     if usage.cost:
         spent.append(f"cost {usage.cost:g}")
-    return f"; {', '.join(spent)}" if spent else ""
+    return ", ".join(spent)
 
 
 class Display:

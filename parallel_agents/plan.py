@@ -18,6 +18,7 @@ Knows the values, how they are read from JSON, and the engines that a plan can n
 
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -77,11 +78,13 @@ class Plan:
         path: The file, as it was given.
         group: What is to be run.
         engine: What runs it.
+        engine_text: What the plan says about the engine and the workspace: other text is other work.
     """
 
     path: Path = field(validator=is_a(Path))
     group: ParallelExecutionGroup = field(validator=is_a(ParallelExecutionGroup))
     engine: AgentEngine = field(validator=is_a(AgentEngine))
+    engine_text: str = field(validator=is_a(str))
 
     @property
     def facts(self) -> PlanFacts:
@@ -146,7 +149,8 @@ def load_plan(path: str | os.PathLike[str], *, overrides: Mapping[str, str] = _N
         group = ParallelExecutionGroup(assignments=assignments, **of_group)
     except ValueError as error:  # what only all assignments together show
         raise InvalidPlanError([line("", str(error))]) from error
-    return Plan(path=path, group=group, engine=engine)
+    engine_text = json.dumps([table["engine"], table.get("workspace")], sort_keys=True, default=str)
+    return Plan(path=path, group=group, engine=engine, engine_text=engine_text)
 
 
 def _override(table: dict[str, Any], key: str, text: str) -> Iterator[str]:

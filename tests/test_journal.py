@@ -38,6 +38,7 @@ from parallel_agents.engines.retry import RetryEngine, RetryPolicy
 from parallel_agents.events import PARALLEL_AGENT_RESUMED
 from parallel_agents.journals import Ending, Entry, JournalError, Step
 from parallel_agents.journals import _sqlite_store as store
+from parallel_agents.journals._reading import is_in_use
 from parallel_agents.journals.sqlite import SqliteJournal, read_journal
 
 pytestmark = pytest.mark.anyio
@@ -152,11 +153,11 @@ async def test_usage_is_in_the_journal_while_the_agent_still_runs(path: Path) ->
                 await anyio.lowlevel.checkpoint()
         with pytest.raises(JournalError, match="in use by another run"):
             SqliteJournal(path).open()
-        assert store.is_in_use(path)
+        assert is_in_use(path)
 
     result, _ = await run_group(path, agent, group_of(1))
     assert result.all_succeeded
-    assert not store.is_in_use(path)
+    assert not is_in_use(path)
 
 
 async def test_a_cancelled_agent_runs_again_and_keeps_what_it_had_spent(path: Path) -> None:
@@ -513,7 +514,7 @@ def test_what_is_no_journal_of_this_version_is_refused_and_left_as_it_is(
         SqliteJournal(path).open()
     assert caught.value.journal == str(path)
     assert (path.read_bytes() if path.is_file() else None) == before
-    assert not store.is_in_use(path)
+    assert not is_in_use(path)
 
 
 def test_a_journal_that_is_not_there_cannot_be_read(path: Path) -> None:
@@ -522,7 +523,7 @@ def test_a_journal_that_is_not_there_cannot_be_read(path: Path) -> None:
     assert not path.exists()
     with pytest.raises(JournalError, match="No such file or directory"):
         SqliteJournal(path / "deeper" / "x").open()
-    assert not store.is_in_use(path / "deeper" / "x")
+    assert not is_in_use(path / "deeper" / "x")
 
 
 def test_a_file_that_a_crash_left_empty_is_a_new_journal(path: Path) -> None:

@@ -10,13 +10,11 @@ import sqlite3
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from operator import add
 from pathlib import Path
 from typing import Any, Final
-
-from attrs import frozen
 
 from .._models import NO_USAGE, Usage
 from ._protocol import Ending, Entry, JournalError, Step
@@ -203,7 +201,7 @@ def start(database: Database, step: Step) -> Entry:
         " WHERE execution = ? AND group_id = ? AND task_id = ? ORDER BY id",
         (execution, step.group_id, step.task_id),
     ).fetchall()
-    spent = _sum(_usage(row[3:]) for row in rows)
+    spent = total(usage_of(row[3:]) for row in rows)
     same = [row for row in rows if row[0] == step.fingerprint]
     done = [row[2] for row in same if row[1] not in ("started", "failed")]
     if done:
@@ -217,12 +215,14 @@ def start(database: Database, step: Step) -> Entry:
     return Entry(attempt=added.fetchall()[0][0], spent=spent, reason=reason)
 
 
-def _usage(columns: tuple[Any, ...]) -> Usage:
+def usage_of(columns: Sequence[Any]) -> Usage:
+    """Return usage from its four columns."""
     input_tokens, output_tokens, requests, cost = columns
     return Usage(input_tokens=input_tokens, output_tokens=output_tokens, requests=requests, cost=cost)
 
 
-def _sum(usages: Iterable[Usage]) -> Usage:
+def total(usages: Iterable[Usage]) -> Usage:
+    """Return the sum."""
     return functools.reduce(add, usages, NO_USAGE)
 
 
@@ -259,92 +259,3 @@ def unfinished(database: Database, group_id: str) -> str | None:
         "SELECT name, finished FROM executions WHERE group_id = ? ORDER BY id DESC LIMIT 1", (group_id,)
     ).fetchall()
     return rows[0][0] if rows and rows[0][1] is None else None
-
-
-@frozen
-class RecordedAttempt:
-    """One start of an agent.
-
-    Attributes:
-        task_id: The task.
-        agent_id: The agent.
-        started: In seconds since 1970.
-        ended: In seconds since 1970; ``None`` if it did not end by itself, or not yet.
-        status: ``started``, ``succeeded``, ``parked`` or ``failed``.
-        content: The result as JSON, or text about the failure.
-        usage: What it spent.
-    """
-
-    task_id: str
-    agent_id: str
-    started: float
-    ended: float | None
-    status: str
-    content: str | None
-    usage: Usage
-
-
-@frozen
-class RecordedExecution:
-    """All runs of one name.
-
-    Attributes:
-        name: Its name.
-        group_id: The group.
-        started: When it was begun, in seconds since 1970.
-        finished: When nothing was left to do; ``None`` before.
-        attempts: In the order of their starts.
-    """
-
-    name: str
-    group_id: str
-    started: float
-    finished: float | None
-    attempts: tuple[RecordedAttempt, ...]
-
-    @property
-    def last_attempts(self) -> tuple[RecordedAttempt, ...]:
-        """Of each task, the one that tells how it is."""
-        return tuple({attempt.task_id: attempt for attempt in self.attempts}.values())
-
-    @property
-    def usage(self) -> Usage:
-        """What all attempts spent."""
-        return _sum(attempt.usage for attempt in self.attempts)
-
-
-def read_journal(path: str | os.PathLike[str]) -> tuple[RecordedExecution, ...]:
-    """Read what stands in a journal, also while a run writes to it; executions and attempts in their order.
-
-    Raises:
-        JournalError: If there is none, or it cannot be read.
-    """
-    path = Path(path)
-    database = open_for_reading(path)
-    try:
-        attempts: dict[int, list[RecordedAttempt]] = {}
-        for row in database.execute(
-            "SELECT execution, task_id, agent_id, started, ended, status, content,"
-            " input_tokens, output_tokens, requests, cost FROM attempts ORDER BY id"
-        ):
-            execution, *columns = row
-            attempts.setdefault(execution, []).append(RecordedAttempt(*columns[:6], _usage(row[7:])))
-        return tuple(
-            RecordedExecution(*row[1:], tuple(attempts.get(row[0], ())))
-            for row in database.execute("SELECT id, name, group_id, started, finished FROM executions ORDER BY id")
-        )
-    except (sqlite3.Error, ValueError, TypeError) as error:
-        raise JournalError(str(path), f"cannot be read: {error}") from error
-    finally:
-        database.close()
-
-
-def is_in_use(path: Path) -> bool:
-    """Whether a run has a journal open."""
-    try:
-        RunLock(path).release()
-    except JournalError:
-        return True
-    except OSError:
-        return False
-    return False

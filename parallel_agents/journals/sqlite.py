@@ -19,7 +19,7 @@ from attrs import define
 from .._models import Usage
 from . import _sqlite_store as store
 from ._protocol import Ending, Entry, JournalError, Step
-from ._sqlite_store import RecordedAttempt, RecordedExecution, read_journal
+from ._reading import RecordedAttempt, RecordedExecution, read_journal
 
 __all__ = ["RecordedAttempt", "RecordedExecution", "SqliteJournal", "read_journal"]
 
