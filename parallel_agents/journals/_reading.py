@@ -72,6 +72,8 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[RecordedExecution, ...]:
     path = Path(path)
     database = store.open_for_reading(path)
     try:
+        if not store.version_of(database):  # a crash came before the first commit
+            return ()
         attempts: dict[int, list[RecordedAttempt]] = {}
         for row in database.execute(
             "SELECT execution, task_id, agent_id, started, ended, status, content,"

@@ -115,7 +115,7 @@ def _prepare(database: Database, path: Path, *, is_new: bool) -> None:
             _refuse_what_is_no_journal(database, path)
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             database.execute(f"PRAGMA {pragma}").fetchall()
-        if not database.execute("PRAGMA user_version").fetchall()[0][0]:
+        if not version_of(database):
             transact(database, [_create])
     except JournalError:
         raise
@@ -131,8 +131,13 @@ def _create(database: Database) -> None:
     database.execute(f"PRAGMA user_version = {VERSION}")
 
 
+def version_of(database: Database) -> int:
+    """Return the version of a journal's tables; 0 if it has none yet."""
+    return int(database.execute("PRAGMA user_version").fetchall()[0][0])
+
+
 def _refuse_what_is_no_journal(database: Database, path: Path) -> None:
-    version = database.execute("PRAGMA user_version").fetchall()[0][0]
+    version = version_of(database)
     application = database.execute("PRAGMA application_id").fetchall()[0][0]
     tables = database.execute("SELECT count(*) FROM sqlite_schema").fetchall()[0][0]
     if application != APPLICATION_ID and (
@@ -153,7 +158,8 @@ def open_for_reading(path: Path) -> Database:
         JournalError: If there is none, or it cannot be read.
     """
     try:
-        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        # What a crash left half done must be undone before it can be read, so that "ro" would not do.
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)
         try:
             _refuse_what_is_no_journal(database, path)
         except BaseException:

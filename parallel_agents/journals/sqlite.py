@@ -145,8 +145,10 @@ class _Opened:
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._database.close()
-        self._lock.release()
+        try:
+            self._database.close()
+        finally:
+            self._lock.release()
 
     def change_soon(self, write: store.Write) -> _Change:
         """Have a change made in the next transaction."""
