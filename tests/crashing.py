@@ -9,6 +9,7 @@ import os
 import signal
 import sqlite3
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -116,7 +117,7 @@ def in_a_child(function: Callable[[], object]) -> int:
         try:
             function()
         except BaseException:
-            sys.excepthook(*sys.exc_info())
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

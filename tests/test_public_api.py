@@ -14,7 +14,7 @@ import parallel_agents
 PACKAGE = Path(parallel_agents.__file__).parent
 EXTRAS = frozenset({"cyclopts", "rich", "stamina", "yaml"})
 BACKENDS = frozenset({"asyncio", "trio"})
-MAY_USE_EXTRAS = frozenset({"_commands.py", "_display.py", "_plan_yaml.py", "retry.py"})
+MAY_USE_EXTRAS = frozenset({"_commands.py", "_display.py", "_history.py", "_plan_yaml.py", "retry.py"})
 
 
 def imported(source: str) -> Iterator[str]:
