@@ -22,6 +22,8 @@ from parallel_agents import (
     AgentIdentity,
     AgentRunResult,
     Budget,
+    ChatMessage,
+    CompletionConfig,
     FunctionEngine,
     OutcomeStatus,
     ParallelEvent,
@@ -442,6 +444,47 @@ def test_a_cancellation_at_any_step_loses_nothing_that_succeeded(backend: str) -
             assert len(journals[0].endings) == len(succeeded)
 
     assert cancel_at_each_step(backend, program, check) > 3
+
+
+# Journals of every version, as `sqlite3 FILE .dump` prints them; made by an execution "old" of version "1"
+
+
+def golden_group() -> ParallelExecutionGroup:
+    identity = AgentIdentity(id="a", name="Ada", role="reviewer", instructions="read", model="large")
+    rich = AgentAssignment(
+        identity=identity,
+        task=Task(id="rich", title="Title", description="All of it", inputs={"path": "x", "deep": [1, {"y": None}]}),
+        completion_config=CompletionConfig(temperature=0.5),
+        max_turns=7,
+        memory_messages=[ChatMessage(role="user", content="hello")],
+    )
+    tasks = [Task(id="after", depends_on=["rich"]), Task(id="fails")]
+    others = [AgentAssignment(identity=AgentIdentity(id=task.id), task=task) for task in tasks]
+    return ParallelExecutionGroup(group_id="g", assignments=[rich, *others])
+
+
+async def golden_agent(task: AgentAssignment) -> Any:
+    current_run().record_usage(Usage(input_tokens=10, output_tokens=5, requests=1, cost=0.25))
+    if task.task_id == "fails":
+        raise ValueError("as always")
+    return {"task": task.task_id, "text": "é\ud800", "number": 1.5, "list": [None, True]}
+
+
+@pytest.mark.parametrize("dump", sorted(Path(__file__).with_name("journals").glob("*.sql")), ids=lambda dump: dump.stem)
+async def test_a_journal_of_every_version_can_be_resumed(path: Path, dump: Path) -> None:
+    made_by(dump.read_text("utf-8"))(path)
+    observer = Run()
+    with SqliteJournal(path) as journal:
+        engine = JournaledEngine(FunctionEngine(golden_agent), journal, execution="old", version="1")
+        result = await ParallelExecutor(engine=engine, observers=(observer,)).execute_group(golden_group())
+    assert sorted(observer.events, key=str) == [("after", "recorded"), ("fails", "failed"), ("rich", "recorded")]
+    assert result.outcomes[0].output == {"task": "rich", "text": "é\ud800", "number": 1.5, "list": [None, True]}
+    assert [outcome.usage.cost for outcome in result.outcomes] == [0.25, 0.25, 0.5]
+
+
+def test_there_is_a_journal_of_each_version() -> None:
+    dumps = Path(__file__).with_name("journals").glob("*.sql")
+    assert sorted(dump.stem for dump in dumps) == [f"version-{n}" for n in range(1, store.VERSION + 1)]
 
 
 # The file

@@ -537,6 +537,17 @@ async def test_lines_of_the_protocol_become_usage_messages_and_output() -> None:
     assert result.usage == metered.usage == Usage(input_tokens=15, output_tokens=2, requests=1, cost=0.5)
 
 
+async def test_a_result_holds_what_this_call_spent_and_not_what_was_spent_before() -> None:
+    engine = python('print(\'{"type": "usage", "requests": 1}\')', protocol="jsonl")
+    metered = context(assignment())
+    metered.record_usage(Usage(requests=5))
+    _current.set(metered)
+    with anyio.fail_after(WAIT_SECONDS):
+        result = await engine.run(metered.assignment)
+    assert result.usage == Usage(requests=1)
+    assert metered.usage == Usage(requests=6)
+
+
 async def test_a_result_of_null_is_a_result() -> None:
     result, _ = await say("text", '{"type": "result", "output": null}')
     assert result.is_success

@@ -43,7 +43,9 @@ class Meter:
 
     def record(self, result: object) -> None:
         """Add to the run's usage what *result* reports and nobody has metered."""
-        self._run.record_usage(difference(self.spent(result), self.metered()))
+        if isinstance(result, AgentRunResult) and result.usage is not NO_USAGE:
+            metered = self.metered()
+            self._run.record_usage(difference(larger(result.usage, metered), metered))
 
 
 def difference(now: Usage, before: Usage) -> Usage:

@@ -100,14 +100,15 @@ class JournaledEngine:
         entry = await self._journal.start(self._step(assignment, run))
         if run not in _runs_that_know:  # where it is retried, what it spent before is known from the first time
             _runs_that_know.add(run)
-            run.record_usage(entry.spent)
+            if entry.spent is not NO_USAGE:
+                run.record_usage(entry.spent)
             if entry.reason is not None:
                 run.emit(PARALLEL_AGENT_RESUMED, reason=entry.reason)
         if entry.attempt is None:
             return self._recalled(entry)
         earlier = total.metered()
         result = await self._run_recorded(assignment, entry.attempt, run)
-        if earlier == NO_USAGE or not isinstance(result, AgentRunResult):
+        if earlier is NO_USAGE or not isinstance(result, AgentRunResult):
             return result
         return evolve(result, usage=total.metered())
 

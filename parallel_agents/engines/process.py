@@ -18,6 +18,7 @@ from .._context import current_run
 from .._errors import EngineUnavailableError
 from .._models import AgentAssignment
 from .._outcomes import AgentRunResult, TerminationReason
+from ._metering import Meter
 from ._output import JsonLines, Stdout, Tail, last_lines
 from ._program import KILL_SECONDS, Launch, Program, why_not_started
 from ._templates import Template
@@ -137,6 +138,7 @@ class ProcessEngine:
             ValueError: As ``check()`` does.
         """
         run = current_run()
+        meter = Meter(run)
         launch = self._launch(assignment)
         limit = self._limits.output_limit_bytes
         stderr = Tail(limit)
@@ -152,7 +154,7 @@ class ProcessEngine:
             termination_reason=TerminationReason.ERROR if problems else TerminationReason.COMPLETED,
             output=said.output,
             error_message="; ".join(problems) if problems else None,
-            usage=run.usage,
+            usage=meter.metered(),
             duration_seconds=anyio.current_time() - started_at,
             messages=said.messages,
         )
