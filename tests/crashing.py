@@ -66,8 +66,8 @@ async def run_group(journal_path: Path, diary: Diary) -> dict[str, tuple[str, fl
         run, task_id = current_run(), assignment.task_id
         diary.note("ran", task_id)
         for _ in range(2):
-            run.record_usage(Usage(cost=1.0))
             diary.note("spent", task_id)
+            run.record_usage(Usage(cost=1.0))
             await anyio.lowlevel.checkpoint()
         number = int(task_id[1:])
         if number % 5 == 0:

@@ -25,7 +25,7 @@ with open(folder + "/ran", "a") as file:
 print('{"type": "usage", "cost": 1.5}', flush=True)
 if task_id == "waits" and os.path.exists(folder + "/fifo"):
     open(folder + "/fifo").read()
-if task_id == "fails":
+if task_id == "fails" or os.path.exists(folder + "/bad"):
     sys.exit(3)
 if task_id == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -78,6 +78,13 @@ class Workplace:
         return (self.folder / "ran").read_text().split()
 
 
+def interrupt(process: "subprocess.Popen[str]") -> None:
+    assert process.stderr is not None
+    process.send_signal(signal.SIGINT)
+    while "Interrupted" not in process.stderr.readline():
+        pass
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
@@ -110,12 +117,6 @@ def test_a_killed_run_goes_on_and_runs_no_success_again(work: Workplace, capsys:
 
 
 def test_an_interrupted_run_goes_on(work: Workplace) -> None:
-    def interrupt(process: "subprocess.Popen[str]") -> None:
-        assert process.stderr is not None
-        process.send_signal(signal.SIGINT)
-        while "Interrupted" not in process.stderr.readline():
-            pass
-
     work.plan("waits", "b")
     work.interrupt = interrupt  # type: ignore[method-assign]
     process = work.start()
@@ -123,6 +124,20 @@ def test_an_interrupted_run_goes_on(work: Workplace) -> None:
     assert work.ran() == ["waits"]
     assert work.run() == 0
     assert work.ran() == ["waits", "b"]
+
+
+def test_an_interrupted_run_goes_on_also_if_all_its_agents_came_to_an_end(work: Workplace) -> None:
+    def interrupt_and_fail(process: "subprocess.Popen[str]") -> None:
+        interrupt(process)
+        (work.folder / "bad").touch()
+
+    work.plan("waits")
+    work.interrupt = interrupt_and_fail  # type: ignore[method-assign]
+    process = work.start()
+    assert process.returncode == 128 + signal.SIGINT
+    (work.folder / "bad").unlink()
+    assert work.run() == 0
+    assert [attempt.status for attempt in read_journal(work.journal)[0].attempts] == ["failed", "succeeded"]
 
 
 def test_a_run_that_ended_is_followed_by_a_new_one_also_when_agents_failed(work: Workplace) -> None:
@@ -141,14 +156,16 @@ def test_a_run_that_ended_is_followed_by_a_new_one_also_when_agents_failed(work:
 
 
 def test_a_group_that_was_stopped_by_a_failure_goes_on(work: Workplace) -> None:
+    work.plan("a")
+    assert work.run() == 0
     work.plan("a", "fails", "b", extra="fail_fast = true")
     assert work.run() == 1
     assert work.run() == 1
-    assert work.ran() == ["a", "fails", "fails"]
+    assert work.ran() == ["a", "a", "fails", "fails"]
     work.plan("a", "b", extra="fail_fast = true")
     assert work.run() == 0
-    assert work.ran() == ["a", "fails", "fails", "b"]
-    assert len(read_journal(work.journal)) == 1
+    assert work.ran() == ["a", "a", "fails", "fails", "b"]
+    assert len(read_journal(work.journal)) == 2
 
 
 def test_a_race_that_was_won_is_over(work: Workplace) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from attrs import evolve, frozen
 from each_step import cancel_at_each_step
@@ -376,6 +377,7 @@ async def test_a_result_that_cannot_be_recorded_is_carried_by_its_error_and_noth
     for outcome in result.outcomes:
         assert outcome.status is OutcomeStatus.FAILED
         assert "somebody removed or replaced the file; nothing more starts with it" in str(outcome.error)
+    assert len({outcome.error for outcome in result.outcomes}) == 1
     lost = result.outcomes[0].exception
     assert isinstance(lost, JournalError)
     assert lost.result is not None
@@ -390,6 +392,29 @@ async def test_a_journal_that_was_replaced_is_not_written_any_more(path: Path) -
         result = await ParallelExecutor(engine=engine).execute_group(group_of(1))
     assert "replaced the file" in str(result.outcomes[0].error)
     assert path.stat().st_size == 0
+
+
+async def test_a_cancellation_while_a_result_is_recorded_comes_too_late(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes, go_on = threading.Event(), threading.Event()
+    real = store.end
+
+    def slow_end(*arguments: Any, **named: Any) -> None:
+        writes.set()
+        go_on.wait(60)
+        real(*arguments, **named)
+
+    monkeypatch.setattr(store, "end", slow_end)
+    with SqliteJournal(path) as journal, anyio.fail_after(60):
+        engine = JournaledEngine(FunctionEngine(Agents()), journal)
+        async with ParallelExecutor(engine=engine).open_group(group_of(1)) as run:
+            await anyio.to_thread.run_sync(writes.wait)
+            run.cancel()
+            await anyio.lowlevel.checkpoint()
+            go_on.set()
+    assert run.result.outcomes[0].output == "output of t0"
+    assert read_journal(path)[0].attempts[0].status == "succeeded"
 
 
 async def test_a_disk_that_does_not_answer_does_not_hold_up_a_result_for_ever(

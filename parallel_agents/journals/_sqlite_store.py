@@ -240,7 +240,7 @@ def spend(database: Database, attempt: int, usage: Usage) -> None:
     """Add to what a start spent."""
     database.execute(
         "UPDATE attempts SET input_tokens = input_tokens + ?, output_tokens = output_tokens + ?,"
-        " requests = requests + ?, cost = cost + ? WHERE id = ? AND status = 'started'",
+        " requests = requests + ?, cost = cost + ? WHERE id = ?",
         (*_columns(usage), attempt),
     )
 
