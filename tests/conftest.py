@@ -1,5 +1,10 @@
 """Every async test runs on asyncio and on trio; what only virtual time can show runs on trio's."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +26,21 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     from trio.testing import MockClock  # noqa: PLC0415 - one session of the checks runs without it
 
     return "trio", {"clock": MockClock(autojump_threshold=0)}
+
+
+@pytest.fixture
+def folder_of_nobody() -> Iterator[Path]:
+    """A folder of a user whom permissions bind, whoever runs the tests; this process is that user meanwhile."""
+    base = Path(tempfile.mkdtemp())
+    folder = base / "folder"
+    folder.mkdir()
+    user, is_root = os.geteuid(), os.geteuid() == 0
+    if is_root:
+        base.chmod(0o755)
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(base)

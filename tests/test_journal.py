@@ -594,6 +594,18 @@ def test_a_journal_that_is_not_there_cannot_be_read(path: Path) -> None:
     assert not is_in_use(path / "deeper" / "x")
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_that_may_not_be_written_is_told(folder_of_nobody: Path, is_there: bool) -> None:
+    path = folder_of_nobody / "run.journal"
+    if is_there:
+        with SqliteJournal(path):
+            pass
+    folder_of_nobody.chmod(0o500)
+    with pytest.raises(JournalError, match="readonly database" if is_there else "Permission denied"):
+        SqliteJournal(path).open()
+    folder_of_nobody.chmod(0o700)
+
+
 def test_a_file_that_a_crash_left_empty_is_a_new_journal(path: Path) -> None:
     path.touch()
     with SqliteJournal(path):

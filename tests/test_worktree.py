@@ -3,13 +3,11 @@
 import math
 import os
 import pickle
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -355,24 +353,6 @@ async def test_files_that_resist_are_taken_away_all_the_same(repo: Path) -> None
 
     await run(WorktreeEngine(FunctionEngine(agent), repo), 2)
     check_that_nothing_is_left(repo)
-
-
-@pytest.fixture
-def folder_of_nobody() -> Iterator[Path]:
-    """A folder of a user whom permissions bind, whoever runs the tests; this process is that user meanwhile."""
-    base = Path(tempfile.mkdtemp())
-    folder = base / "folder"
-    folder.mkdir()
-    user, is_root = os.geteuid(), os.geteuid() == 0
-    if is_root:
-        base.chmod(0o755)
-        os.chown(folder, 65534, 65534)
-        os.seteuid(65534)
-    try:
-        yield folder
-    finally:
-        os.seteuid(user)
-        shutil.rmtree(base)
 
 
 def test_only_a_worktree_itself_is_opened_up_to_be_removed(folder_of_nobody: Path) -> None:

@@ -32,7 +32,9 @@ class Meter:
     def metered(self) -> Usage:
         """Return what was told to ``record_usage()`` since."""
         now = self._run.usage
-        return NO_USAGE if now is self._before else difference(now, self._before)
+        if now is self._before:
+            return NO_USAGE
+        return now if self._before is NO_USAGE else difference(now, self._before)
 
     def spent(self, result: object) -> Usage:
         """Return what was spent since, according to what was metered and to *result*, whatever it is."""
