@@ -64,7 +64,7 @@ class RecordedExecution:
 
 
 def read_journal(path: str | os.PathLike[str]) -> tuple[RecordedExecution, ...]:
-    """Read what stands in a journal, also while a run writes to it; executions and attempts in their order.
+    """Read what stands in a journal, also while a run writes to it; executions and attempts in their order. Blocks.
 
     Raises:
         JournalError: If there is none, or it cannot be read.
