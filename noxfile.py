@@ -33,6 +33,8 @@ OUTSIDE_THE_CORE = [
     "parallel_agents/engines/_templates.py",
     "parallel_agents/engines/process.py",
     "parallel_agents/engines/worktree.py",
+    "parallel_agents/journals/_reading.py",
+    "parallel_agents/journals/_sqlite_store.py",
     "parallel_agents/locks/_file_store.py",
     "parallel_agents/locks/file.py",
     "parallel_agents/testing/locks.py",

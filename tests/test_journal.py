@@ -606,6 +606,14 @@ def test_a_folder_that_may_not_be_written_is_told(folder_of_nobody: Path, is_the
     folder_of_nobody.chmod(0o700)
 
 
+@pytest.mark.parametrize("damage", ["UPDATE attempts SET requests = -1", "DROP TABLE executions"])
+async def test_a_journal_with_nonsense_in_it_cannot_be_read(path: Path, damage: str) -> None:
+    await run_group(path, Agents())
+    made_by(damage)(path)
+    with pytest.raises(JournalError, match=r"cannot be read: (no such table|requests must be)"):
+        read_journal(path)
+
+
 def test_a_file_that_a_crash_left_empty_is_a_new_journal(path: Path) -> None:
     path.touch()
     with SqliteJournal(path):

@@ -1,5 +1,6 @@
 """FallbackEngine: another engine where one fails."""
 
+from collections import deque
 from typing import Any
 
 from attrs import evolve
@@ -50,7 +51,9 @@ class FallbackEngine:
         run = current_run()
         total = Meter(run)
         failures: list[str] = []
-        for left, engine in zip(reversed(range(len(self._engines))), self._engines, strict=True):
+        left = deque(self._engines)
+        while True:
+            engine = left.popleft()
             meter = Meter(run)
             try:
                 result = await engine.run(assignment)
@@ -63,9 +66,9 @@ class FallbackEngine:
                 continue
             meter.record(result)
             if not left or not _is_worth_another(result, run):
-                break
+                is_summed_up = failures and isinstance(result, AgentRunResult)
+                return evolve(result, usage=total.metered()) if is_summed_up else result
             failures.append(f"{engine!r}: ended with {result.termination_reason.value}")
-        return evolve(result, usage=total.metered()) if failures and isinstance(result, AgentRunResult) else result
 
 
 def _is_worth_another(result: object, run: RunContext) -> bool:
