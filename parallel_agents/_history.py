@@ -35,7 +35,7 @@ def print_execution(console: Console, execution: RecordedExecution) -> None:
         table.add_row(
             id_text(attempt.agent_id),
             id_text(attempt.task_id),
-            Text(_STATUS.get(attempt.status, attempt.status)),
+            Text(_status_text(attempt.status)),
             Text(str(starts[attempt.task_id])),
             Text("-" if attempt.ended is None else duration_text(max(0.0, attempt.ended - attempt.started))),
             Text(harmless(attempt.content or "", 200) if attempt.status == "failed" else ""),
@@ -47,13 +47,17 @@ def print_execution(console: Console, execution: RecordedExecution) -> None:
     console.print(Text(f"{harmless(execution.name)}: {counts}{spent and f'; {spent}'}"), soft_wrap=True)
 
 
-_STATUS = {"started": "not ended"}
+def _status_text(status: str) -> str:
+    return "not ended" if status == "started" else harmless(status)
 
 
 def _counts(statuses: Iterable[str]) -> str:
-    counts = Counter(_STATUS.get(status, status) for status in statuses)
-    return ", ".join(f"{count} {harmless(status)}" for status, count in counts.most_common()) or "none"
+    counts = Counter(map(_status_text, statuses))
+    return ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
 
 
 def _time_text(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    try:
+        return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (OverflowError, ValueError, OSError):  # no time that a clock has shown
+        return "-"

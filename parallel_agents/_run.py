@@ -363,7 +363,7 @@ class GroupRun(Generic[T]):
                 finally:
                     self._block_is_over = True
                     self._let_parked_tasks_end()
-        except BaseExceptionGroup as errors:
+        except BaseExceptionGroup as errors:  # noqa: ASYNC103 - what parked tasks end with is anyio's, and told already
             others = errors.split(RuntimeError)[1] if self._parked_tasks else errors
             if others is not None:
                 raise others from None

@@ -10,8 +10,8 @@ import signal
 import sqlite3
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -32,7 +32,7 @@ from parallel_agents import (
 )
 from parallel_agents.engines.journal import JournaledEngine
 from parallel_agents.engines.retry import RetryEngine, RetryPolicy
-from parallel_agents.journals.sqlite import SqliteJournal, read_journal
+from parallel_agents.journals.sqlite import RecordedAttempt, SqliteJournal, read_journal
 
 AGENTS = 40
 CONCURRENCY = 4
@@ -139,10 +139,8 @@ def check(journal_path: Path, diary: Diary, recorded: dict[str, float], result: 
         assert result[task_id][1] == cost, "what a success had cost was forgotten"
 
     attempts = read_journal(journal_path)[0].attempts
-    costs: Counter[str] = Counter()
-    for attempt in attempts:
-        costs[attempt.task_id] += attempt.usage.cost  # type: ignore[assignment]
-    assert {task_id: cost for task_id, (_, cost) in result.items()} == dict(costs), "the usage does not add up"
+    costs = costs_of(attempts)
+    assert {task_id: cost for task_id, (_, cost) in result.items()} == costs, "the usage does not add up"
     spent = Counter(line[1] for line in lines if line[0] == "spent")
     assert all(costs[task_id] <= spent[task_id] for task_id in costs), "more was recorded than spent"
     successes = Counter(attempt.task_id for attempt in attempts if attempt.status == "succeeded")
@@ -153,14 +151,18 @@ def check(journal_path: Path, diary: Diary, recorded: dict[str, float], result: 
     return len(ran_again & {line[1] for line in first if line[0] == "ran"})
 
 
+def costs_of(attempts: Iterable[RecordedAttempt]) -> dict[str, float]:
+    costs: defaultdict[str, float] = defaultdict(float)
+    for attempt in attempts:
+        costs[attempt.task_id] += attempt.usage.cost
+    return costs
+
+
 def successes_in(journal_path: Path) -> dict[str, float]:
-    if not journal_path.exists():
-        return {}
-    executions = read_journal(journal_path)
-    costs: Counter[str] = Counter()
-    for attempt in executions[0].attempts if executions else ():
-        costs[attempt.task_id] += attempt.usage.cost  # type: ignore[assignment]
+    """Return what each recorded success has cost, all its starts together."""
+    executions = read_journal(journal_path) if journal_path.exists() else ()
     attempts = executions[0].attempts if executions else ()
+    costs = costs_of(attempts)
     return {attempt.task_id: costs[attempt.task_id] for attempt in attempts if attempt.status == "succeeded"}
 
 
@@ -182,10 +184,9 @@ def kill_and_resume(folder: Path, number: int) -> int | None:
     if code == 0:
         return None
     assert code == -signal.SIGKILL, f"ended with {code}"
-    recorded: dict[str, float] = {}
     read = folder / "recorded.json"
     assert in_a_child(lambda: read.write_text(json.dumps(successes_in(journal_path)))) == 0
-    recorded = json.loads(read.read_text())
+    recorded: dict[str, float] = json.loads(read.read_text())
     assert in_a_child(second) == 0
     result = {task_id: (status, cost) for task_id, (status, cost) in json.loads(answer.read_text()).items()}
     return check(journal_path, diary, recorded, result)

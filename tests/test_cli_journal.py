@@ -1,8 +1,10 @@
 """``run --journal``, ``history`` and ``show``: a plan that was interrupted goes on where it was."""
 
+import contextlib
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -267,3 +269,18 @@ def test_a_run_that_goes_on_is_shown_as_running(work: Workplace, capsys: pytest.
     work.interrupt = look  # type: ignore[method-assign]
     process = work.start()
     assert process.returncode == 0
+
+
+def test_a_journal_that_somebody_changed_does_nothing_to_the_terminal(
+    work: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work.plan("a")
+    assert work.run() == 0
+    with contextlib.closing(sqlite3.connect(work.journal)) as database, database:
+        database.execute("UPDATE attempts SET status = ?, task_id = ?, agent_id = ?", ["\x1b[2J", "[/]\x1b", "\x9b5m"])
+        database.execute("UPDATE executions SET name = ?, started = 1e30", ["\x1b[31m"])
+    assert main(["history", str(work.journal)]) == 0
+    assert main(["show", str(work.journal)]) == 1
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\x9b" not in shown

@@ -6,7 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -606,12 +606,36 @@ def test_a_folder_that_may_not_be_written_is_told(folder_of_nobody: Path, is_the
     folder_of_nobody.chmod(0o700)
 
 
-@pytest.mark.parametrize("damage", ["UPDATE attempts SET requests = -1", "DROP TABLE executions"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE attempts SET requests = -1",
+        "UPDATE attempts SET started = 'now'",
+        "UPDATE executions SET name = x'00'",
+        "DROP TABLE executions",
+    ],
+)
 async def test_a_journal_with_nonsense_in_it_cannot_be_read(path: Path, damage: str) -> None:
     await run_group(path, Agents())
     made_by(damage)(path)
-    with pytest.raises(JournalError, match=r"cannot be read: (no such table|requests must be)"):
+    with pytest.raises(JournalError, match=r"cannot be read: (no such table|requests must|started must|name must)"):
         read_journal(path)
+
+
+def test_who_looks_whether_a_journal_is_in_use_keeps_no_run_from_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SqliteJournal(path):
+        pass
+    looks = os.open(store.lock_path(path), os.O_RDONLY)
+    assert store.lock_now(looks, shared=True)
+    assert not is_in_use(path)  # nor from each other
+    monkeypatch.setattr("time.sleep", lambda _seconds: os.close(looks))
+    with SqliteJournal(path):
+        assert is_in_use(path)
+    store.lock_path(path).unlink()
+    assert not is_in_use(path)
+    assert not store.lock_path(path).exists()
 
 
 def test_a_file_that_a_crash_left_empty_is_a_new_journal(path: Path) -> None:
@@ -647,12 +671,8 @@ sys.stdin.read()
             pass
 
 
-@pytest.fixture
-def a_journal() -> Iterator[SqliteJournal]:
-    yield SqliteJournal("unused")
-
-
-def test_engines_refuse_what_makes_no_sense(a_journal: SqliteJournal) -> None:
+def test_engines_refuse_what_makes_no_sense() -> None:
+    a_journal = SqliteJournal("unused")
     inner = FunctionEngine(Agents())
     with pytest.raises(TypeError, match="inner must be an engine"):
         JournaledEngine(5, a_journal)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import anyio
-from attrs import define, field
+from attrs import field, frozen
 
 from .._checks import is_a, number
 from .._context import current_run
@@ -12,7 +12,7 @@ from .._outcomes import AgentRunResult
 from ._protocol import AgentEngine, ChecksAssignments
 
 
-@define(frozen=True)
+@frozen
 class IdleTimeoutEngine:
     """Ends an agent that has not called ``record_usage()`` for some time, however long it may run otherwise.
 

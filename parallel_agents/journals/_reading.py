@@ -4,8 +4,10 @@ import os
 import sqlite3
 from pathlib import Path
 
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import optional
 
+from .._checks import is_a, number
 from .._models import Usage
 from . import _sqlite_store as store
 from ._protocol import JournalError
@@ -25,12 +27,12 @@ class RecordedAttempt:
         usage: What it spent.
     """
 
-    task_id: str
-    agent_id: str
-    started: float
-    ended: float | None
-    status: str
-    content: str | None
+    task_id: str = field(validator=is_a(str))
+    agent_id: str = field(validator=is_a(str))
+    started: float = field(validator=number(at_least=0))
+    ended: float | None = field(validator=optional(number(at_least=0)))
+    status: str = field(validator=is_a(str))
+    content: str | None = field(validator=optional(is_a(str)))
     usage: Usage
 
 
@@ -46,10 +48,10 @@ class RecordedExecution:
         attempts: In the order of their starts.
     """
 
-    name: str
-    group_id: str
-    started: float
-    finished: float | None
+    name: str = field(validator=is_a(str))
+    group_id: str = field(validator=is_a(str))
+    started: float = field(validator=number(at_least=0))
+    finished: float | None = field(validator=optional(number(at_least=0)))
     attempts: tuple[RecordedAttempt, ...]
 
     @property
@@ -96,12 +98,13 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[RecordedExecution, ...]:
 def is_in_use(path: Path) -> bool:
     """Whether a run has a journal open."""
     try:
-        store.RunLock(path).release()
-    except JournalError:
-        return True
+        file = os.open(store.lock_path(path), os.O_RDONLY)
     except OSError:
         return False
-    return False
+    try:
+        return not store.lock_now(file, shared=True)
+    finally:
+        os.close(file)
 
 
 def is_journal(path: Path) -> bool:

@@ -59,6 +59,26 @@ Database = sqlite3.Connection
 Write = Callable[[Database], Any]
 
 
+LOCK_TRIES: Final = 5
+LOCK_PAUSE_SECONDS: Final = 0.02
+"""A journal that is locked for longer is in use."""
+
+
+def lock_path(path: Path) -> Path:
+    """Return where the lock of a journal is."""
+    return path.with_name(path.name + ".lock")
+
+
+def lock_now(file: int, *, shared: bool) -> bool:
+    """Lock an open file until it is closed; return whether that was possible at once."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 class RunLock:
     """Lets one process at a time write to a journal: a lock on a file beside it, which is never removed.
 
@@ -66,16 +86,24 @@ class RunLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | _NO_LINK, 0o600)
+        self._file = os.open(lock_path(path), os.O_CREAT | os.O_RDWR | _NO_LINK, 0o600)
         try:
-            if sys.platform != "win32":
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(self._file, 32, 0).decode("ascii", "replace").strip()
+            if not self._is_locked_in_time():
+                owner = os.pread(self._file, 32, 0).decode("ascii", "replace").strip()
+                raise JournalError(str(path), f"is in use by another run (process {owner})")
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        except BaseException:
             os.close(self._file)
-            raise JournalError(str(path), f"is in use by another run (process {owner})") from error
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+            raise
+
+    def _is_locked_in_time(self) -> bool:
+        """Lock the file; who only looks whether it is locked holds it for a moment too."""
+        for _ in range(LOCK_TRIES):
+            if lock_now(self._file, shared=False):
+                return True
+            time.sleep(LOCK_PAUSE_SECONDS)
+        return False
 
     def release(self) -> None:
         os.close(self._file)
