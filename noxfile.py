@@ -41,6 +41,8 @@ OUTSIDE_THE_CORE = [
 ]
 """Files that need 95 % branch coverage; all others need 100 %."""
 
+TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"]]
+
 nox.needs_version = ">=2025.5"
 nox.options.error_on_external_run = True
 nox.options.download_python = "never"
@@ -113,14 +115,14 @@ def build(session: nox.Session) -> None:
 @nox.session(python=PYTHONS, requires=["build"])
 def tests(session: nox.Session) -> None:
     """Run the tests against the wheel, on asyncio and trio."""
-    _install_wheel(session, *EXTRAS["cli"], *EXTRAS["retry"], *_group("tests"))
+    _install_wheel(session, *TESTED_EXTRAS, *_group("tests"))
     session.run("pytest", *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[-1], requires=["build"])
 def no_trio(session: nox.Session) -> None:
     """Run the tests where trio is not installed; its cases are skipped here and nowhere else."""
-    extras = (r for r in (*EXTRAS["cli"], *EXTRAS["retry"]) if not r.startswith("trio"))
+    extras = (r for r in TESTED_EXTRAS if not r.startswith("trio"))
     _install_wheel(session, *extras, *_group("tests"))
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
     session.run("pytest", "-rfE", *session.posargs, env=SAFE_PATH)
@@ -129,7 +131,7 @@ def no_trio(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0], requires=["build"])
 def coverage(session: nox.Session) -> None:
     """Measure branches: every one of the core, 95 % of what stands around it."""
-    _install_wheel(session, *EXTRAS["cli"], *EXTRAS["retry"], *_group("tests"), *_group("coverage"))
+    _install_wheel(session, *TESTED_EXTRAS, *_group("tests"), *_group("coverage"))
     around = ",".join(OUTSIDE_THE_CORE)
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest", *session.posargs, env=SAFE_PATH)
@@ -150,7 +152,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def typing(session: nox.Session) -> None:
     """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
-    session.install("-q", "-e", ".[cli,retry]", *_group("typing"))
+    session.install("-q", "-e", ".[cli,retry,chat]", *_group("typing"))
     session.run("mypy")
     session.run("pyright")
 
@@ -158,7 +160,7 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """Build the documentation; every warning and every reference that leads nowhere is an error."""
-    session.install("-q", ".[cli,retry]", *_group("docs"), *_group("tests"))
+    session.install("-q", ".[cli,retry,chat]", *_group("docs"), *_group("tests"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
 
 

@@ -9,6 +9,7 @@ from ._context import current_run as current_run
 from ._errors import AgentFailedError as AgentFailedError
 from ._errors import EngineUnavailableError as EngineUnavailableError
 from ._errors import InvalidPlanError as InvalidPlanError
+from ._errors import NeedsHuman as NeedsHuman
 from ._errors import ParallelAgentsError as ParallelAgentsError
 from ._errors import ParallelExecutionError as ParallelExecutionError
 from ._errors import ResourceConflictError as ResourceConflictError
@@ -23,6 +24,7 @@ from ._models import CompletionConfig as CompletionConfig
 from ._models import GroupOptions as GroupOptions
 from ._models import ParallelExecutionGroup as ParallelExecutionGroup
 from ._models import Task as Task
+from ._models import ToolCall as ToolCall
 from ._models import Usage as Usage
 from ._outcomes import AgentOutcome as AgentOutcome
 from ._outcomes import AgentRunResult as AgentRunResult
@@ -36,6 +38,10 @@ from ._shutdown import ImmediateCancel as ImmediateCancel
 from ._shutdown import ShutdownManager as ShutdownManager
 from ._shutdown import ShutdownResult as ShutdownResult
 from ._stream import StreamRun as StreamRun
+from ._tools import Tool as Tool
+from ._tools import ToolInvoker as ToolInvoker
+from ._tools import ToolRegistry as ToolRegistry
+from ._tools import ToolResult as ToolResult
 from .engines import AgentEngine as AgentEngine
 from .engines import FunctionEngine as FunctionEngine
 from .events import Observer as Observer
@@ -71,6 +77,7 @@ __all__ = [
     "InvalidPlanError",
     "Lease",
     "Lost",
+    "NeedsHuman",
     "Observer",
     "OutcomeStatus",
     "ParallelAgentsError",
@@ -90,6 +97,11 @@ __all__ = [
     "StreamRun",
     "Task",
     "TerminationReason",
+    "Tool",
+    "ToolCall",
+    "ToolInvoker",
+    "ToolRegistry",
+    "ToolResult",
     "Usage",
     "current_run",
 ]

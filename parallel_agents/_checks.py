@@ -34,7 +34,7 @@ def wrong_type(name: str, wanted: str, value: object) -> TypeError:
     return TypeError(f"{name} must be {wanted}, got {shown(value)} ({type(value).__name__})")
 
 
-def is_text(_instance: object, attribute: Any, value: object) -> None:
+def is_text(_instance: object, attribute: Any, value: Any) -> None:
     """Accept a string."""
     if not isinstance(value, str):
         raise wrong_type(attribute.name, "a string", value)
@@ -197,3 +197,12 @@ def json_table(value: object, name: str) -> FrozenDict:
         raise wrong_type(name, "a mapping", value)
     table: FrozenDict = frozen_json(value, name)
     return table
+
+
+def thawed(value: Any) -> Any:
+    """Return a deep copy of a JSON value that may be changed."""
+    if isinstance(value, Mapping):
+        return {key: thawed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [thawed(item) for item in value]
+    return value

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._outcomes import AgentOutcome, ParallelExecutionResult
+    from ._tools import ToolResult
 
 
 class ParallelAgentsError(Exception):
@@ -92,6 +93,20 @@ class InvalidPlanError(ParallelAgentsError):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+class NeedsHuman(ParallelAgentsError):  # noqa: N818 - nothing went wrong
+    """A tool raises it where a person has to decide; the agent is parked.
+
+    Attributes:
+        question: What the person is asked.
+        results: What the tools of the same turn returned, in the order of the calls; set by ``invoke_all()``.
+    """
+
+    def __init__(self, question: str) -> None:
+        super().__init__(question)
+        self.question = question
+        self.results: tuple[ToolResult, ...] = ()
 
 
 class EngineUnavailableError(ParallelAgentsError):

@@ -17,6 +17,7 @@ from ._checks import (
     FrozenDict,
     as_tuple,
     each_is_a,
+    frozen_json,
     integer,
     is_a,
     is_flag,
@@ -63,6 +64,25 @@ NO_USAGE = Usage()
 """Nothing spent; values are frozen, so one is enough for everybody."""
 
 
+def _as_arguments(value: object) -> Any:
+    return frozen_json(value, "arguments")
+
+
+@frozen(kw_only=True)
+class ToolCall:
+    """A model's wish that a tool be called.
+
+    Attributes:
+        id: Tells the calls of a turn apart; made by the model's server, and empty where it makes none.
+        name: Of the tool; there may be no such tool.
+        arguments: JSON, read-only: a table by the names of parameters, or whatever else the model wrote.
+    """
+
+    id: str = field(validator=is_text)
+    name: str = field(validator=is_text)
+    arguments: Any = field(factory=FrozenDict, converter=_as_arguments)
+
+
 @frozen(kw_only=True)
 class ChatMessage:
     """One message of a conversation.
@@ -70,10 +90,14 @@ class ChatMessage:
     Attributes:
         role: ``system``, ``user``, ``assistant`` or ``tool``.
         content: What was said; may be empty.
+        tool_calls: What an assistant wants to be called.
+        tool_call_id: The call that a message of a tool answers.
     """
 
     role: str = field(validator=one_of(*CHAT_ROLES))
     content: str = field(default="", validator=is_text)
+    tool_calls: tuple[ToolCall, ...] = field(default=(), converter=as_tuple, validator=each_is_a(ToolCall))
+    tool_call_id: str | None = field(default=None, validator=optional(is_text))
 
 
 def _as_response_format(value: object) -> FrozenDict | None:
@@ -117,6 +141,7 @@ class AgentIdentity:
         role: For people and prompts, such as ``reviewer``.
         instructions: The system prompt.
         model: The model that the agent uses; ``None`` leaves the choice to the engine.
+        base_url: The server that the agent asks; ``None`` leaves the choice to the engine.
     """
 
     id: str = field(converter=str, validator=not_blank)
@@ -124,6 +149,7 @@ class AgentIdentity:
     role: str = field(default="", validator=is_text)
     instructions: str = field(default="", validator=is_text)
     model: str | None = field(default=None, validator=optional(not_blank))
+    base_url: str | None = field(default=None, validator=optional(not_blank))
 
 
 def _are_distinct(_instance: object, attribute: Any, values: tuple[str, ...]) -> None:
@@ -344,6 +370,7 @@ def _replica(identity: AgentIdentity, number: int) -> AgentIdentity:
         role=identity.role,
         instructions=identity.instructions,
         model=identity.model,
+        base_url=identity.base_url,
     )
 
 
@@ -361,5 +388,6 @@ __all__ = [
     "ParallelExecutionGroup",
     "ResourceClaim",
     "Task",
+    "ToolCall",
     "Usage",
 ]

@@ -28,10 +28,11 @@ PARALLEL_AGENT_ERROR: Final = "execution.parallel.agent_error"
 PARALLEL_AGENT_CANCELLED: Final = "execution.parallel.agent_cancelled"
 """Warning: ``group_id``, ``agent_id``, ``task_id``."""
 PARALLEL_AGENT_RETRY: Final = "execution.parallel.agent_retry"
-PARALLEL_AGENT_RESUMED: Final = "execution.parallel.agent_resumed"
 """Warning, before the wait: ``group_id``, ``agent_id``, ``task_id``, ``attempt`` (the failed one), ``wait_seconds``,
-``error``.
-"""
+``error``."""
+PARALLEL_AGENT_RESUMED: Final = "execution.parallel.agent_resumed"
+"""Info, when a journal knows the agent: ``group_id``, ``agent_id``, ``task_id``, ``reason`` (``recorded``: its result
+is taken from there; ``changed``, ``interrupted`` or ``failed``: why it runs again)."""
 PARALLEL_LOCK_ACQUIRED: Final = "execution.parallel.lock_acquired"
 """Debug: ``resource``, ``holder``."""
 PARALLEL_LOCK_RELEASED: Final = "execution.parallel.lock_released"
@@ -48,6 +49,19 @@ PARALLEL_GROUP_SUPPRESSED: Final = "execution.parallel.group_suppressed"
 """Warning, when several exceptions end a group and one is raised: ``group_id``, ``error``, ``exception_count``."""
 PARALLEL_OBSERVER_ERROR: Final = "execution.parallel.observer_error"
 """Warning, when a callback or an observer raised: ``error``."""
+CHAT_REQUEST_RETRY: Final = "chat.request_retry"
+"""Warning, before the wait: ``group_id``, ``agent_id``, ``task_id``, ``attempt`` (the failed one), ``wait_seconds``,
+``error``."""
+TOOL_INVOKE_ALL_START: Final = "tool.invoke_all.start"
+"""Debug: ``count``; the ids of the group, the agent and the task as well where an agent calls tools."""
+TOOL_INVOKE_ALL_COMPLETE: Final = "tool.invoke_all.complete"
+"""Debug, on every path: ``count``, ``errors`` (so many ended with an error result), ``duration_seconds``."""
+TOOL_INVOKE_START: Final = "tool.invoke.start"
+"""Debug: ``tool``, ``tool_call_id``."""
+TOOL_INVOKE_SUCCESS: Final = "tool.invoke.success"
+"""Debug: ``tool``, ``tool_call_id``, ``duration_seconds``."""
+TOOL_INVOKE_ERROR: Final = "tool.invoke.error"
+"""Warning, for each call that did not succeed: ``tool``, ``tool_call_id``, ``duration_seconds``, ``error``."""
 
 _LEVELS: Final = {
     PARALLEL_GROUP_START: "INFO",
@@ -67,6 +81,12 @@ _LEVELS: Final = {
     PARALLEL_VALIDATION_ERROR: "WARNING",
     PARALLEL_GROUP_SUPPRESSED: "WARNING",
     PARALLEL_OBSERVER_ERROR: "WARNING",
+    CHAT_REQUEST_RETRY: "WARNING",
+    TOOL_INVOKE_ALL_START: "DEBUG",
+    TOOL_INVOKE_ALL_COMPLETE: "DEBUG",
+    TOOL_INVOKE_START: "DEBUG",
+    TOOL_INVOKE_SUCCESS: "DEBUG",
+    TOOL_INVOKE_ERROR: "WARNING",
 }
 
 

@@ -19,6 +19,7 @@ from parallel_agents._models import (
     CompletionConfig,
     ParallelExecutionGroup,
     Task,
+    ToolCall,
     Usage,
 )
 
@@ -41,6 +42,7 @@ def a_group(*assignments: AgentAssignment, **fields: Any) -> ParallelExecutionGr
 
 VALID: dict[type, Any] = {
     Usage: NO_USAGE,
+    ToolCall: ToolCall(id="c", name="look"),
     ChatMessage: ChatMessage(role="user"),
     CompletionConfig: CompletionConfig(),
     AgentIdentity: AgentIdentity(id="a"),

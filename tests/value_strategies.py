@@ -17,6 +17,7 @@ from parallel_agents._models import (
     GroupOptions,
     ParallelExecutionGroup,
     Task,
+    ToolCall,
     Usage,
 )
 from parallel_agents._outcomes import (
@@ -35,7 +36,14 @@ leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, 
 json_values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 json_tables = st.dictionaries(st.text(), json_values, max_size=3)
 usages = st.builds(Usage, input_tokens=counts, output_tokens=counts, requests=counts, cost=amounts)
-messages = st.builds(ChatMessage, role=st.sampled_from(CHAT_ROLES), content=st.text())
+tool_calls = st.builds(ToolCall, id=st.text(), name=st.text(), arguments=json_values)
+messages = st.builds(
+    ChatMessage,
+    role=st.sampled_from(CHAT_ROLES),
+    content=st.text(),
+    tool_calls=st.lists(tool_calls, max_size=2),
+    tool_call_id=st.none() | st.text(),
+)
 message_lists = st.lists(messages, max_size=2)
 configs = st.builds(
     CompletionConfig,
@@ -47,7 +55,15 @@ configs = st.builds(
     response_format=st.none() | json_tables,
     extra=json_tables,
 )
-identities = st.builds(AgentIdentity, id=ids, name=ids, role=st.text(), instructions=st.text(), model=st.none() | ids)
+identities = st.builds(
+    AgentIdentity,
+    id=ids,
+    name=ids,
+    role=st.text(),
+    instructions=st.text(),
+    model=st.none() | ids,
+    base_url=st.none() | ids,
+)
 tasks = st.builds(Task, id=ids, title=st.text(), description=st.text(), inputs=json_tables)
 claims = st.builds(ResourceClaim, resource=ids, mode=st.sampled_from(ClaimMode))
 assignments = st.builds(
@@ -129,6 +145,7 @@ group_options = groups.map(
 STRATEGIES: dict[type, st.SearchStrategy[Any]] = {
     GroupOptions: group_options,
     Usage: usages,
+    ToolCall: tool_calls,
     ChatMessage: messages,
     CompletionConfig: configs,
     AgentIdentity: identities,
