@@ -85,7 +85,7 @@ def schema_of(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     for parameter_name, of_parameter in schema["properties"].items():
         if parameter_name in described:
             of_parameter.setdefault("description", described[parameter_name])
-    return docs.description or "", schema
+    return (docs.description or "").strip(), schema
 
 
 def validated(function: Callable[..., Any]) -> Callable[..., Any]:

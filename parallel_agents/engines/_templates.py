@@ -1,11 +1,11 @@
-"""Command lines: templates whose placeholders are looked up in a table, never evaluated. Knows no program."""
+"""Command lines and prompts: templates whose placeholders are looked up in a table, never evaluated."""
 
 import json
 import os
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from attrs import frozen
 
@@ -64,16 +64,32 @@ class Placeholder:
 
 @frozen
 class Template:
+    """A text with placeholders."""
+
     place: str
     parts: tuple[str | Placeholder, ...]
 
     @classmethod
-    def parse(cls, text: object, place: str) -> "Template":
+    def parse(cls, text: object, place: str) -> Self:
         if not isinstance(text, str):
             raise wrong_type(place, "a string", text)
-        template = cls(place, tuple(_parts(text, place)))
-        template._refuse_nul("".join(part for part in template.parts if isinstance(part, str)))
-        return template
+        return cls(place, tuple(_parts(text, place)))
+
+    def fill(self, assignment: AgentAssignment) -> str:
+        """Return the text for *assignment*: one item, whatever the values hold.
+
+        Raises:
+            ValueError: A value is missing; names the item and the placeholder.
+        """
+        return "".join(p if isinstance(p, str) else p.look_up(assignment, self.place) for p in self.parts)
+
+
+@frozen
+class ProgramText(Template):
+    """A text that a program can be given."""
+
+    def __attrs_post_init__(self) -> None:
+        self._refuse_nul("".join(part for part in self.parts if isinstance(part, str)))
 
     def fill(self, assignment: AgentAssignment, encode: Callable[[str], bytes] = os.fsencode) -> str:
         """Return the text for *assignment*: one item, whatever the values hold.
@@ -81,7 +97,7 @@ class Template:
         Raises:
             ValueError: A value is missing or cannot be handed to a program; names the item and its placeholders.
         """
-        filled = "".join(p if isinstance(p, str) else p.look_up(assignment, self.place) for p in self.parts)
+        filled = super().fill(assignment)
         self._refuse_nul(filled)
         try:
             encode(filled)

@@ -21,7 +21,7 @@ from .._outcomes import AgentRunResult, TerminationReason
 from ._metering import Meter
 from ._output import JsonLines, Stdout, Tail, last_lines
 from ._program import KILL_SECONDS, Launch, Program, why_not_started
-from ._templates import Template
+from ._templates import ProgramText
 from ._workspace import working_folder
 
 INHERITED_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
@@ -103,10 +103,10 @@ class ProcessEngine:
             raise EngineUnavailableError("ProcessEngine needs os.waitid: Linux, or macOS with Python 3.13 or later")
         self._command = _command(command)
         folder = os.fspath(cwd) if isinstance(cwd, os.PathLike) else cwd
-        self._cwd = None if folder is None else Template.parse(folder, "cwd")
+        self._cwd = None if folder is None else ProgramText.parse(folder, "cwd")
         self._env = _environment({} if env is None else env)
         self._inherit_env = _variable_names(inherit_env)
-        self._stdin = None if stdin is None else Template.parse(stdin, "stdin")
+        self._stdin = None if stdin is None else ProgramText.parse(stdin, "stdin")
         if protocol not in ("text", "jsonl"):
             raise ValueError(f"protocol must be 'text' or 'jsonl', got {shown(protocol)}")
         self._protocol = protocol
@@ -194,7 +194,7 @@ def _below_the_workspace(cwd: str | None) -> str | None:
     return cwd if folder is None else str(folder / (cwd or "."))
 
 
-def _command(command: object) -> tuple[Template, ...]:
+def _command(command: object) -> tuple[ProgramText, ...]:
     if isinstance(command, str | bytes):
         raise TypeError(
             f"command must be a list of the program and its arguments, got {shown(command)}; "
@@ -202,16 +202,16 @@ def _command(command: object) -> tuple[Template, ...]:
         )
     if not isinstance(command, Sequence):
         raise wrong_type("command", "a list of strings", command)
-    items = tuple(Template.parse(item, f"command[{position}]") for position, item in enumerate(command))
+    items = tuple(ProgramText.parse(item, f"command[{position}]") for position, item in enumerate(command))
     if not items or not command[0].strip():
         raise ValueError("command must start with a program")
     return items
 
 
-def _environment(env: object) -> dict[str, Template]:
+def _environment(env: object) -> dict[str, ProgramText]:
     if not isinstance(env, Mapping):
         raise wrong_type("env", "a mapping", env)
-    return {name: Template.parse(env[name], f"env[{name}]") for name in _variable_names(tuple(env), "env")}
+    return {name: ProgramText.parse(env[name], f"env[{name}]") for name in _variable_names(tuple(env), "env")}
 
 
 def _variable_names(names: object, place: str = "inherit_env") -> tuple[str, ...]:
