@@ -19,6 +19,8 @@ from parallel_agents import serialization
 from parallel_agents._checks import RULE, not_blank
 from parallel_agents._models import AgentIdentity, Task
 from parallel_agents._outcomes import ParallelExecutionResult
+from parallel_agents._plan_chat import ChatTable
+from parallel_agents.engines.chat import Price
 from parallel_agents.engines.process import ProcessEngine
 from parallel_agents.plan import ASSIGNMENTS_LIMIT, AssignmentTable, ClaimTable, PlanTable
 
@@ -176,6 +178,7 @@ def plan_schema() -> Schema:
     fields["for_each"] = for_each
     definitions[ClaimTable.__name__]["oneOf"] = [{"required": ["resource"]}, {"required": ["path"]}]
     definitions["ProcessEngine"] = _process_schema(maker)
+    definitions["ChatEngine"] = _chat_schema(maker)
     text = {"type": "string"}
     for table in (definitions[AssignmentTable.__name__], definitions["Defaults"]):
         table["properties"]["agent"] = _either(text, table["properties"]["agent"])
@@ -183,7 +186,8 @@ def plan_schema() -> Schema:
         table["properties"]["claims"] = {**claims, "items": _either(text, claims["items"])}
     imported = {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}
     table_of_kind = {"type": "object", "properties": {"kind": imported}, "required": ["kind"]}
-    engines = [imported, {"$ref": "#/$defs/ProcessEngine"}, {**table_of_kind, "additionalProperties": False}]
+    kinds = [{"$ref": "#/$defs/ProcessEngine"}, {"$ref": "#/$defs/ChatEngine"}]
+    engines = [imported, *kinds, {**table_of_kind, "additionalProperties": False}]
     explained = {name: {"description": shown["description"]} for name, shown in schema["properties"].items()}
     schema["properties"] |= {
         "engine": {"anyOf": engines, **explained["engine"]},
@@ -216,6 +220,18 @@ def _process_schema(maker: SchemaMaker) -> Schema:
         },
         "required": ["kind", *(p.name for p in parameters if p.default is p.empty)],
         "additionalProperties": False,
+    }
+
+
+def _chat_schema(maker: SchemaMaker) -> Schema:
+    schema = maker.model(ChatTable)
+    prices, tools = (schema["properties"][name] for name in ("prices", "tools"))
+    prices["additionalProperties"] = maker.of(Price)
+    tools["items"]["pattern"] = r"^[\w.]+:[\w.]+$"
+    return {
+        **schema,
+        "properties": {"kind": {"const": "chat", "description": "Chooses this engine."}, **schema["properties"]},
+        "required": ["kind", *schema["required"]],
     }
 
 

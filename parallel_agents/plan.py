@@ -53,6 +53,7 @@ from ._models import (
     refuse_timeout_without_waiting,
 )
 from ._plan_text import read_table, refuse_unfit, toml_value
+from ._tools import ToolRegistry
 from .engines import AgentEngine, FunctionEngine
 from .engines._protocol import ChecksAssignments
 from .engines.process import ProcessEngine
@@ -245,7 +246,8 @@ class PlanTable:
         deadline_seconds: When, from the start on, what runs times out and nothing more starts; never unless given.
         stop_after_successes: After so many, what runs is cancelled and nothing more starts; never unless given.
         budget: ``max_cost`` and ``max_tokens``: when agents have spent one of them, nothing more starts.
-        engine: What runs the agents: a table whose ``kind`` is ``process`` or ``module:attribute``, or just the latter.
+        engine: What runs the agents: a table whose ``kind`` is ``process``, ``chat`` or ``module:attribute``, or just
+            the latter.
         defaults: Fields that all assignments have unless they say otherwise.
         workspace: A folder of its own for each agent; all work in the plan's folder unless given.
         assignments: What is to be run, at least one.
@@ -511,8 +513,10 @@ class _PlanReader:
         kind = options.pop("kind", None)
         if kind == "process":
             return self._process(options, has_workspace=has_workspace)
+        if kind == "chat":
+            return self._chat(options)
         for key in options:
-            self.tell(below("engine", key), f"unknown key {shown(key)} for an engine that is not of kind 'process'")
+            self.tell(below("engine", key), f"unknown key {shown(key)} for an engine that is imported")
         if kind is None:
             self.tell("engine.kind", MISSING)
             return None
@@ -534,6 +538,28 @@ class _PlanReader:
             return None
         return self._made(partial(ProcessEngine, **options), known)
 
+    def _chat(self, options: dict[str, Any]) -> AgentEngine | None:
+        try:
+            from ._plan_chat import ChatTable  # noqa: PLC0415 - needs an extra
+            from .engines.chat import Price  # noqa: PLC0415 - as above
+        except ModuleNotFoundError as error:
+            self.tell("engine.kind", str(error))
+            return None
+        problems_before = len(self.problems)
+        table = self.read(ChatTable, options, "engine")
+        if table is None:
+            return None
+        found = [self._found(name, f"engine.tools[{position}]") for position, name in enumerate(table.tools)]
+        prices: dict[str, Price] = {}
+        for name, price in table.prices.items():
+            if (read := self.read(Price, price, f"engine.prices[{name}]")) is not None:
+                prices[name] = read
+        if len(self.problems) > problems_before:
+            return None
+        tools = [tool for item in found for tool in (item if isinstance(item, ToolRegistry) else [item])]
+        known = [attribute.name for attribute in fields(ChatTable)]
+        return self._made(lambda: table.engine(self.folder, tools, prices), known)
+
     def _made(self, make: Callable[[], AgentEngine], names: Iterable[str]) -> AgentEngine | None:
         try:
             return make()
@@ -543,21 +569,24 @@ class _PlanReader:
             self.tell(place, str(error)[found.end() if found else 0 :])
             return None
 
-    def _imported(self, name: object, place: str) -> AgentEngine | None:
+    def _found(self, name: object, place: str, or_else: str = "") -> Any:
+        """Import what a ``module:attribute`` names; None if that is not to be had, which is told."""
         if not isinstance(name, str) or not _IMPORTABLE.fullmatch(name):
-            wanted = (
-                "'module:attribute' or a table of kind 'process'"
-                if place == "engine"
-                else "'process' or 'module:attribute'"
-            )
-            self.tell(place, f"must be {wanted}, got {shown(name)}")
+            self.tell(place, f"must be 'module:attribute'{or_else}, got {shown(name)}")
             return None
         module, _, attribute = name.partition(":")
         try:
             with _importable_from(self.folder):
-                found = attrgetter(attribute)(importlib.import_module(module))
+                return attrgetter(attribute)(importlib.import_module(module))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a module may raise anything, also by calling exit()
             self.tell(place, f"{name} cannot be imported: {' '.join(error_text(error).split())}")
+            return None
+
+    def _imported(self, name: object, place: str) -> AgentEngine | None:
+        or_else = " or a table of kind 'process' or 'chat'" if place == "engine" else ", 'process' or 'chat'"
+        problems_before = len(self.problems)
+        found = self._found(name, place, or_else)
+        if len(self.problems) > problems_before:
             return None
         if isinstance(found, AgentEngine) and not isinstance(found, type):
             return found

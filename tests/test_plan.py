@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 import attrs
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -20,8 +20,9 @@ from parallel_agents import plan as plan_module
 from parallel_agents._claims import ClaimMode, ResourceClaim
 from parallel_agents._errors import InvalidPlanError
 from parallel_agents._executor import ParallelExecutor
-from parallel_agents._models import AgentAssignment, ChatMessage, ClaimPolicy, CompletionConfig
+from parallel_agents._models import AgentAssignment, AgentIdentity, ChatMessage, ClaimPolicy, CompletionConfig, Task
 from parallel_agents.engines import FunctionEngine
+from parallel_agents.engines.chat import ChatEngine, Price
 from parallel_agents.engines.process import ProcessEngine
 from parallel_agents.engines.worktree import WorktreeEngine
 from parallel_agents.plan import Plan, load_plan
@@ -152,7 +153,7 @@ def test_the_same_plan_reads_the_same_in_every_format(load: Load) -> None:
 
 def test_every_field_of_an_assignment_can_be_given(load: Load) -> None:
     entry: dict[str, Any] = {
-        "agent": {"id": "a", "name": "A", "role": "r", "instructions": "i", "model": "m"},
+        "agent": {"id": "a", "name": "A", "role": "r", "instructions": "i", "model": "m", "base_url": "b"},
         "task": {"id": "t", "title": "T", "description": "d", "inputs": {"x": [1, None]}, "depends_on": ["first"]},
         "claims": [{"resource": "r", "mode": "shared"}],
         "completion_config": {"temperature": 0.5, "stop": ["."], "extra": {"k": 1}},
@@ -411,15 +412,15 @@ def test_a_folder_that_is_importable_already_stays_so(
     ("engine", "expected"),
     [
         (5, ["engine: must be a table or 'module:attribute', got 5"]),
-        ("agents", ["engine: must be 'module:attribute' or a table of kind 'process', got 'agents'"]),
-        ("a b:c", ["engine: must be 'module:attribute' or a table of kind 'process', got 'a b:c'"]),
+        ("agents", ["engine: must be 'module:attribute' or a table of kind 'process' or 'chat', got 'agents'"]),
+        ("a b:c", ["engine: must be 'module:attribute' or a table of kind 'process' or 'chat', got 'a b:c'"]),
         ({}, ["engine.kind: missing"]),
-        ({"kind": "chat"}, ["engine.kind: must be 'process' or 'module:attribute', got 'chat'"]),
-        ({"kind": ["process"]}, ["engine.kind: must be 'process' or 'module:attribute', got ['process']"]),
+        ({"kind": "ray"}, ["engine.kind: must be 'module:attribute', 'process' or 'chat', got 'ray'"]),
+        ({"kind": ["process"]}, ["engine.kind: must be 'module:attribute', 'process' or 'chat', got ['process']"]),
         (
             {"command": ["x"]},
             [
-                "engine.command: unknown key 'command' for an engine that is not of kind 'process'",
+                "engine.command: unknown key 'command' for an engine that is imported",
                 "engine.kind: missing",
             ],
         ),
@@ -427,6 +428,98 @@ def test_a_folder_that_is_importable_already_stays_so(
 )
 def test_an_engine_that_is_none_is_a_problem(problems: Problems, engine: object, expected: list[str]) -> None:
     assert problems(engine=engine) == expected
+
+
+# The engine of kind chat
+
+CHAT = {
+    "kind": "chat",
+    "base_url": "http://127.0.0.1:8080/v1",
+    "model": "m",
+    "api_key_env": {"http://127.0.0.1:8080/v1": "KEY"},
+    "max_concurrent_tools": 2,
+    "prompt": "{task.description}!",
+    "attach": ["path"],
+    "output_schema": {"type": "string"},
+    "prices": {"gpt-4.1": {"input_per_million": 2, "output_per_million": 8.5}},
+    "stream": True,
+    "max_retries": 1,
+    "answer_seconds": 30,
+    "reply_limit_bytes": 1000,
+}
+
+
+def test_a_chat_engine_has_what_the_plan_says(
+    load: Load, module: Callable[[str, str], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY", "k")
+    module(
+        "tools_of_a_plan",
+        """
+        from parallel_agents import ToolRegistry
+
+        def look(path: str) -> str:
+            return path
+
+        async def listen() -> None: ...
+
+        several = ToolRegistry([listen])
+        """,
+    )
+    entry = an_entry(task={"id": "t", "inputs": {"path": "x"}})
+    tools = ["tools_of_a_plan:look", "tools_of_a_plan:several"]
+    engine = load(engine={**CHAT, "tools": tools}, assignments=[entry]).engine
+    assert isinstance(engine, ChatEngine)
+    assert [tool.name for tool in engine.tools] == ["look", "listen"]
+    assert engine.folder == folder
+    assert engine.prices == {"gpt-4.1": Price(input_per_million=2, output_per_million=8.5)}
+    plain = ("base_url", "model", "api_key_env", "max_concurrent_tools", "stream", "max_retries", "answer_seconds")
+    assert {name: getattr(engine, name) for name in plain} == {name: CHAT[name] for name in plain}
+    assert engine.reply_limit_bytes == CHAT["reply_limit_bytes"]
+    assert engine.output_schema == CHAT["output_schema"]
+    assert engine.attach == ("path",)
+    assert engine.prompt is not None
+    assert engine.prompt.fill(AgentAssignment(**ONE_ASSIGNMENT)) == "d!"
+
+
+ONE_ASSIGNMENT: dict[str, Any] = {"identity": AgentIdentity(id="a"), "task": Task(id="t", description="d")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"modle": "m"}, ["engine.modle: unknown key 'modle', did you mean 'model'?"]),
+        (
+            {"stream": "yes", "max_retries": "2"},
+            ["engine.stream: must be tr", "engine.max_retries: must be an integer"],
+        ),
+        ({"base_url": "nowhere"}, ["engine.base_url: must be an address such as"]),
+        ({"output_schema": 1}, ["engine.output_schema: must be a mapping"]),
+        ({"output_schema": {"type": "x"}}, ["engine.output_schema: no JSON Schema"]),
+        ({"prompt": "{x}"}, ["engine.prompt: unknown placeholder {x}"]),
+        ({"tools": ["x"]}, ["engine.tools[0]: must be 'module:attribute', got 'x'"]),
+        ({"tools": ["os.path:sep"]}, ["engine: each of tools must be a Tool or a function, got '/'"]),
+        ({"tools": ["not_there:x"]}, ["engine.tools[0]: not_there:x cannot be imported"]),
+        ({"prices": {"m": {"input_per_million": -1}}}, ["engine.prices[m].input_per_million: must be >= 0", "engine."]),
+        ({"attach": ["path"]}, ["assignments[0]: attach: the inputs of task 't' have no path called 'path'"]),
+        ({"model": None}, ["assignments[0]: agent 'a' has no model"]),
+        ({"api_key_env": "NOT_SET"}, ["assignments[0]: the environment variable NOT_SET with the key"]),
+    ],
+)
+def test_a_chat_engine_that_is_wrong_is_a_problem(
+    problems: Problems, changes: dict[str, Any], expected: list[str]
+) -> None:
+    engine = {"kind": "chat", "base_url": "http://127.0.0.1:8080/v1", "model": "m", **changes}
+    found = problems(engine=engine)
+    assert [text[: len(start)] for text, start in zip(found, expected, strict=True)] == expected
+
+
+def test_a_chat_engine_needs_its_extra(problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("parallel_agents") and "chat" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    expected = "engine.kind: ChatEngine needs httpx2 and jsonschema: pip install 'parallel-agents[chat]'"
+    assert problems(engine=CHAT) == [expected]
 
 
 # Problems

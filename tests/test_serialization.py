@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import cattrs
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from value_strategies import STRATEGIES, execution_results

@@ -51,6 +51,9 @@ CORRECTIONS = 2
 FILE_BYTES = 1024 * 1024
 """The largest file that is put into a prompt."""
 
+MAX_RETRIES = 2
+ANSWER_SECONDS = 600.0
+REPLY_LIMIT_BYTES = 8 * 1024 * 1024
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 
 _RESERVED = frozenset({"messages", "model", "stream", "stream_options", "tools"})
@@ -188,9 +191,9 @@ class ChatEngine:
     on_text: Callable[[AgentAssignment, str], object] | None = field(
         default=None, kw_only=True, validator=optional(is_callable())
     )
-    max_retries: int = field(default=2, kw_only=True, validator=integer(at_least=0))
-    answer_seconds: float = field(default=600.0, kw_only=True, validator=number(above=0))
-    reply_limit_bytes: int = field(default=8 * 1024 * 1024, kw_only=True, validator=integer(at_least=1))
+    max_retries: int = field(default=MAX_RETRIES, kw_only=True, validator=integer(at_least=0))
+    answer_seconds: float = field(default=ANSWER_SECONDS, kw_only=True, validator=number(above=0))
+    reply_limit_bytes: int = field(default=REPLY_LIMIT_BYTES, kw_only=True, validator=integer(at_least=1))
     make_client: Callable[[], httpx2.AsyncClient] | None = field(
         default=None, kw_only=True, validator=optional(is_callable())
     )
