@@ -42,7 +42,7 @@ OUTSIDE_THE_CORE = [
 ]
 """Files that need 95 % branch coverage; all others need 100 %."""
 
-TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"]]
+TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"], *EXTRAS["mcp"]]
 
 nox.needs_version = ">=2025.5"
 nox.options.error_on_external_run = True
@@ -153,7 +153,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def typing(session: nox.Session) -> None:
     """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
-    session.install("-q", "-e", ".[cli,retry,chat]", *_group("typing"))
+    session.install("-q", "-e", ".[cli,retry,chat,mcp]", *_group("typing"))
     session.run("mypy")
     session.run("pyright")
 
@@ -161,7 +161,7 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """Build the documentation; every warning and every reference that leads nowhere is an error."""
-    session.install("-q", ".[cli,retry,chat]", *_group("docs"), *_group("tests"))
+    session.install("-q", ".[cli,retry,chat,mcp]", *_group("docs"), *_group("tests"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
 
 

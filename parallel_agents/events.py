@@ -62,6 +62,8 @@ TOOL_INVOKE_SUCCESS: Final = "tool.invoke.success"
 """Debug: ``tool``, ``tool_call_id``, ``duration_seconds``."""
 TOOL_INVOKE_ERROR: Final = "tool.invoke.error"
 """Warning, for each call that did not succeed: ``tool``, ``tool_call_id``, ``duration_seconds``, ``error``."""
+MCP_SERVER_LOST: Final = "mcp.server_lost"
+"""Warning, when a connection to an MCP server broke, and its tools fail from then on: ``error``."""
 
 _LEVELS: Final = {
     PARALLEL_GROUP_START: "INFO",
@@ -87,6 +89,7 @@ _LEVELS: Final = {
     TOOL_INVOKE_START: "DEBUG",
     TOOL_INVOKE_SUCCESS: "DEBUG",
     TOOL_INVOKE_ERROR: "WARNING",
+    MCP_SERVER_LOST: "WARNING",
 }
 
 
