@@ -155,7 +155,7 @@ async def test_a_server_that_cannot_be_reached() -> None:
     with pytest.raises(FileNotFoundError):
         async with connected(["no-such-program"]):
             pass
-    with pytest.raises(Exception, match=r"All connection attempts failed|Connect"):
+    with pytest.raises(Exception, match="onnect"):
         async with connected("http://127.0.0.1:9/mcp"):
             pass
 
