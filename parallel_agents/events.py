@@ -49,6 +49,9 @@ PARALLEL_GROUP_SUPPRESSED: Final = "execution.parallel.group_suppressed"
 """Warning, when several exceptions end a group and one is raised: ``group_id``, ``error``, ``exception_count``."""
 PARALLEL_OBSERVER_ERROR: Final = "execution.parallel.observer_error"
 """Warning, when a callback or an observer raised: ``error``."""
+ASYNCIO_AGENT_LEFT: Final = "execution.asyncio.agent_left"
+"""Warning, when a cancelled asyncio agent has not ended in its time and is left to itself: ``group_id``, ``agent_id``,
+``task_id``, ``cleanup_seconds``; without the ids at the end of a run of trio."""
 CHAT_REQUEST_RETRY: Final = "chat.request_retry"
 """Warning, before the wait: ``group_id``, ``agent_id``, ``task_id``, ``attempt`` (the failed one), ``wait_seconds``,
 ``error``."""
@@ -83,6 +86,7 @@ _LEVELS: Final = {
     PARALLEL_VALIDATION_ERROR: "WARNING",
     PARALLEL_GROUP_SUPPRESSED: "WARNING",
     PARALLEL_OBSERVER_ERROR: "WARNING",
+    ASYNCIO_AGENT_LEFT: "WARNING",
     CHAT_REQUEST_RETRY: "WARNING",
     TOOL_INVOKE_ALL_START: "DEBUG",
     TOOL_INVOKE_ALL_COMPLETE: "DEBUG",
