@@ -4,7 +4,6 @@ Speaks the chat completions protocol of OpenAI, which most servers of models spe
 trio. Knows nothing of how many agents run.
 """
 
-import json
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -24,10 +23,11 @@ from .._models import AgentAssignment, ChatMessage, ToolCall, Usage
 from .._outcomes import AgentRunResult, TerminationReason
 from .._tools import Tool, ToolInvoker, ToolRegistry, ToolResult
 from ..events import CHAT_REQUEST_RETRY
-from ..serialization import InvalidDataError, parse_json, plain_json
+from ..serialization import InvalidDataError, parse_json
 from ._chat_protocol import ChatError, ChatReply, request_body
 from ._going_on import may_go_on_after
 from ._metering import Meter
+from ._prompts import joined, task_text, upstream_text
 from ._templates import Template
 from ._workspace import working_folder
 
@@ -276,15 +276,10 @@ class ChatEngine:
         return key
 
     async def _prompt(self, assignment: AgentAssignment, run: RunContext) -> str:
-        task = assignment.task
-        if self.prompt is None:
-            inputs = {name: value for name, value in task.inputs.items() if name not in self.attach}
-            parts = [task.description or task.title, _as_text(inputs) if inputs else ""]
-        else:
-            parts = [self.prompt.fill(assignment)]
-        parts += [f"{task.inputs[name]}:\n{await self._content_of(task.inputs[name])}" for name in self.attach]
-        parts += [f"Result of {task_id}:\n{_as_text(outcome.output)}" for task_id, outcome in run.upstream.items()]
-        return "\n\n".join(part for part in parts if part)
+        inputs = assignment.task.inputs
+        asked = task_text(assignment, self.attach) if self.prompt is None else self.prompt.fill(assignment)
+        files = [f"{inputs[name]}:\n{await self._content_of(inputs[name])}" for name in self.attach]
+        return joined([asked, *files, upstream_text(run)])
 
     async def _content_of(self, path: str) -> str:
         async with await anyio.open_file((working_folder() or self.folder) / path, "rb") as file:
@@ -346,10 +341,6 @@ def _wait_after(attempt: int, error: ChatError) -> float | None:
         return error.retry_after_seconds if error.retry_after_seconds <= LONGEST_WAIT_SECONDS else None
     wait: float = FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
     return min(wait, LONGEST_WAIT_SECONDS) * random.uniform(1.0, 1.5)  # noqa: S311 - spreads load, hides nothing
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(plain_json(value), ensure_ascii=False)
 
 
 _ENDS_BADLY: Mapping[str, str] = {
