@@ -178,13 +178,14 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """Build the documentation; every warning and every reference that leads nowhere is an error."""
-    session.install("-q", ".[cli,retry,chat,mcp]", *_group("docs"), *_group("tests"))
+    session.install("-q", ".[cli,retry,chat,mcp]", *_group("docs"), *_group("tests"), *_group("frameworks"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session(python=PYTHONS[0], default=False)
 def bench(session: nox.Session) -> None:
     """Measure the overhead per agent beside its peers; takes minutes, and wants a quiet machine."""
-    session.install("-q", ".[trio,retry]", *_group("bench"))
+    session.install("-q", ".[trio,retry,chat]", *_group("bench"))
     session.run("python", "benchmarks/overhead.py", *session.posargs)
     session.run("python", "benchmarks/wrappers.py")
+    session.run("python", "benchmarks/chat.py")

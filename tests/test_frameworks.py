@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import re
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -40,6 +42,7 @@ from langchain_core.messages import AIMessage  # noqa: E402
 from langgraph.checkpoint.memory import InMemorySaver  # noqa: E402
 from langgraph.graph import START, MessagesState, StateGraph  # noqa: E402
 from langgraph.types import interrupt  # noqa: E402
+from openai import AsyncOpenAI  # noqa: E402
 from openai.types.responses import (  # noqa: E402
     ResponseFunctionToolCall,
     ResponseOutputMessage,
@@ -50,9 +53,11 @@ from pydantic_ai import messages as said_by  # noqa: E402
 from pydantic_ai.models.function import AgentInfo, FunctionModel  # noqa: E402
 from pydantic_ai.usage import RequestUsage  # noqa: E402
 
+from parallel_agents.engines.asyncio import AsyncioEngine  # noqa: E402
 from parallel_agents.engines.langgraph import LangGraphEngine  # noqa: E402
 from parallel_agents.engines.openai_agents import OpenAIAgentsEngine  # noqa: E402
 from parallel_agents.engines.pydantic_ai import PydanticAIEngine  # noqa: E402
+from parallel_agents.testing.chat import scripted_chat_server  # noqa: E402
 
 SPENT = Usage(input_tokens=10, output_tokens=5, requests=1)
 
@@ -262,18 +267,42 @@ async def test_models_of_identities_stand_above_those_of_agents(make_engine: Mak
     assert script.heard == []
 
 
+PAGE = Path(__file__).parent.parent / "docs" / "howto" / "frameworks.md"
+NAMES = {"pydantic-ai": "pydantic-ai", "openai-agents": "OpenAI Agents SDK", "langgraph": "LangGraph"}
+
+
+def says_the_page(name: str, backend: str, *, through_its_engine: bool) -> bool:
+    (row,) = re.findall(rf"^\| {name} \| (.*) \|$", PAGE.read_text("utf-8"), flags=re.MULTILINE)
+    return bool(row.split(" | ")[2 * through_its_engine + (backend == "trio")] == "yes")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # failing leaves things behind
-@each_framework
-@pytest.mark.parametrize("through", ["natively", "through AsyncioEngine"])
-async def test_where_it_runs(make_engine: MakeEngine, through: str, anyio_backend: tuple[str, Any]) -> None:
-    """Asyncio runs all of them, trio none natively and all through AsyncioEngine, as docs/howto/frameworks.md says."""
-    engine: Any = make_engine(Scripted("Fine."))
-    if through == "natively":
-        engine = FunctionEngine(engine._work)
-    outcome = await outcome_of(engine)
-    runs = anyio_backend[0] == "asyncio" or through == "through AsyncioEngine"
-    assert outcome.is_success is runs
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("through_its_engine", [False, True])
+async def test_it_runs_where_the_page_says(
+    name: str, through_its_engine: bool, anyio_backend: tuple[str, dict[str, Any]]
+) -> None:
+    engine: Any = ENGINES[name](Scripted("Fine."))
+    outcome = await outcome_of(engine if through_its_engine else FunctionEngine(engine._work))
     gc.collect()
+    assert outcome.is_success is says_the_page(NAMES[name], anyio_backend[0], through_its_engine=through_its_engine)
+
+
+@pytest.mark.parametrize("through_its_engine", [False, True])
+async def test_the_openai_client_runs_where_the_page_says(
+    through_its_engine: bool, anyio_backend: tuple[str, dict[str, Any]]
+) -> None:
+    async with scripted_chat_server(["Fine."]) as server:
+
+        async def ask(assignment: AgentAssignment) -> str | None:
+            async with AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
+                said = await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi."}])
+            return said.choices[0].message.content
+
+        outcome = await outcome_of(AsyncioEngine(ask) if through_its_engine else FunctionEngine(ask))
+    assert (outcome.output == "Fine.") is says_the_page(
+        "openai client", anyio_backend[0], through_its_engine=through_its_engine
+    )
 
 
 def test_engines_say_what_they_run() -> None:
