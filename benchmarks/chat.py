@@ -174,6 +174,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve()
     elif sys.argv[1:2] == ["--compete"]:
-        compete(*sys.argv[2:5], *map(int, sys.argv[5:7]))
+        who, where, address, *sizes = sys.argv[2:7]
+        compete(who, where, address, *map(int, sizes))
     else:
         main()
