@@ -15,6 +15,7 @@ import pytest
 from parallel_agents import (
     AgentAssignment,
     AgentIdentity,
+    ChatMessage,
     CompletionConfig,
     OutcomeStatus,
     ParallelExecutionGroup,
@@ -89,9 +90,19 @@ async def test_a_model_chooses_a_tool_and_its_argument(base_url: str) -> None:
         "required": ["tool", "argument"],
         "additionalProperties": False,
     }
-    task = Task(id="t", description="Read the file notes.txt. Answer with the tool to use and its argument.")
-    config = CompletionConfig(temperature=0, max_tokens=60)
-    one = AgentAssignment(identity=AgentIdentity(id="a"), task=task, completion_config=config, timeout_seconds=120)
+    said = [
+        ChatMessage(role="user", content="How many words are in a.txt?"),
+        ChatMessage(role="assistant", content='{"tool": "count", "argument": "a.txt"}'),
+        ChatMessage(role="user", content="Where is Oslo mentioned?"),
+        ChatMessage(role="assistant", content='{"tool": "search", "argument": "Oslo"}'),
+    ]
+    one = AgentAssignment(
+        identity=AgentIdentity(id="a"),
+        task=Task(id="t", description="What is in notes.txt?"),
+        completion_config=CompletionConfig(temperature=0, max_tokens=60),
+        memory_messages=said,
+        timeout_seconds=120,
+    )
     group = ParallelExecutionGroup(group_id="g", assignments=[one])
     engine = ChatEngine(base_url, "smollm2-135m", output_schema=schema)
     (outcome,) = (await ParallelExecutor(engine=engine).execute_group(group)).outcomes
