@@ -25,6 +25,7 @@ from rich.text import Text
 from ._models import Usage
 from ._outcomes import AgentOutcome, OutcomeStatus, ParallelExecutionResult
 from .events import (
+    PARALLEL_AGENT_RESUMED,
     PARALLEL_AGENT_START,
     PARALLEL_AGENT_WAITING,
     PARALLEL_GROUP_START,
@@ -99,13 +100,16 @@ def duration_text(seconds: float) -> str:
 
 
 def error_line(outcome: AgentOutcome[Any]) -> str:
-    """Return why an agent did not succeed, in one short line; empty if it did."""
-    if outcome.result is None:
+    """Return why an agent did not succeed, or what it waits for, in one short line; empty if it succeeded."""
+    result = outcome.result
+    if result is None:
         error = outcome.error
     elif outcome.is_success:
         return ""
+    elif outcome.status is OutcomeStatus.PARKED:
+        error = result.completion_summary or "waits for a person"
     else:
-        error = outcome.result.error_message or outcome.result.termination_reason.value
+        error = result.error_message or result.termination_reason.value
     return harmless(" ".join(str(error).split()), ERROR_CHARACTERS)
 
 
@@ -249,6 +253,7 @@ class LineDisplay(Display):
         self._file = file
         self._total = 0
         self._ended = 0
+        self._recalled: set[str | None] = set()
 
     def on_event(self, event: ParallelEvent, /) -> None:
         """Write a line for the start of the group, and of each agent."""
@@ -259,6 +264,8 @@ class LineDisplay(Display):
             self._write("started", event.agent_id, event.task_id, "")
         elif event.name == PARALLEL_AGENT_WAITING:
             self._write("waiting", event.agent_id, event.task_id, f", for {waiting_text(event)}")
+        elif event.name == PARALLEL_AGENT_RESUMED and event.fields["reason"] == "recorded":
+            self._recalled.add(event.task_id)
 
     def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
         """Write a line for an agent that ran; those that never started are in the table at the end."""
@@ -266,7 +273,8 @@ class LineDisplay(Display):
         if outcome.started_after_seconds is None:
             return
         error = error_line(outcome)
-        told = f", {duration_text(outcome.duration_seconds)}{': ' if error else ''}{error}"
+        took = "from the journal" if outcome.task_id in self._recalled else duration_text(outcome.duration_seconds)
+        told = f", {took}{': ' if error else ''}{error}"
         self._write(status_text(outcome.status), outcome.agent_id, outcome.task_id, told)
 
     def say(self, text: str) -> None:

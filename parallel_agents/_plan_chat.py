@@ -6,6 +6,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from ._checks import is_a
 from ._tools import Tool
 from .engines.chat import ANSWER_SECONDS, MAX_RETRIES, REPLY_LIMIT_BYTES, ChatEngine, Price
 
@@ -38,7 +39,7 @@ class ChatTable:
     prompt: str | None = None
     attach: tuple[str, ...] = ()
     output_schema: dict[str, Any] | None = None
-    prices: dict[str, Any] = field(factory=dict)
+    prices: dict[str, Any] = field(factory=dict, validator=is_a(dict, "a table"))
     stream: bool = False
     max_retries: int = MAX_RETRIES
     answer_seconds: float = ANSWER_SECONDS

@@ -547,14 +547,16 @@ class _PlanReader:
             return None
         problems_before = len(self.problems)
         table = self.read(ChatTable, options, "engine")
-        if table is None:
-            return None
-        found = [self._found(name, f"engine.tools[{position}]") for position, name in enumerate(table.tools)]
+        names, tables = options.get("tools"), options.get("prices")
+        found = [
+            self._found(name, f"engine.tools[{position}]")
+            for position, name in enumerate(names if isinstance(names, list) else ())
+        ]
         prices: dict[str, Price] = {}
-        for name, price in table.prices.items():
+        for name, price in tables.items() if isinstance(tables, dict) else ():
             if (read := self.read(Price, price, f"engine.prices[{name}]")) is not None:
                 prices[name] = read
-        if len(self.problems) > problems_before:
+        if table is None or len(self.problems) > problems_before:
             return None
         tools = [tool for item in found for tool in (item if isinstance(item, ToolRegistry) else [item])]
         known = [attribute.name for attribute in fields(ChatTable)]

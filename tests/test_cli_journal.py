@@ -108,7 +108,10 @@ def test_a_killed_run_goes_on_and_runs_no_success_again(work: Workplace, capsys:
     assert main(["show", str(work.journal)]) == 1
     assert "not ended" in capsys.readouterr().out
     assert work.run("--report", str(work.report)) == 0
-    assert "Going on with work-" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Going on with work-" in told
+    assert "succeeded: agent-a on a, from the journal\n" in told
+    assert re.search(r"succeeded: agent-waits on waits, \d+\.\d s\n", told)
     assert work.ran() == ["a", "waits", "waits", "b"]
     result = read_report(work.report).result
     assert [outcome.usage.cost for outcome in result.outcomes] == [1.5, 3.0, 1.5]

@@ -14,6 +14,7 @@ from rich.console import Console
 from parallel_agents import (
     AgentOutcome,
     AgentRunResult,
+    ChatMessage,
     OutcomeStatus,
     ParallelEvent,
     ParallelExecutionResult,
@@ -162,6 +163,9 @@ def test_a_failed_result_says_its_message_or_how_it_ended() -> None:
 
     assert error_line(outcome(termination_reason=TerminationReason.ERROR, error_message="exit code 3")) == "exit code 3"
     assert error_line(outcome(termination_reason=TerminationReason.MAX_TURNS)) == "max_turns"
+    asks = (ChatMessage(role="assistant", content="May I\nsend it?"),)
+    assert error_line(outcome(termination_reason=TerminationReason.PARKED, messages=asks)) == "May I send it?"
+    assert error_line(outcome(termination_reason=TerminationReason.PARKED)) == "waits for a person"
 
 
 def test_the_table_has_a_row_for_each_outcome_and_the_sums() -> None:
