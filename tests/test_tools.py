@@ -3,6 +3,7 @@
 import asyncio
 import enum
 import pickle
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from parallel_agents import (
     ToolInvoker,
     ToolRegistry,
     ToolResult,
+    _tools,
 )
 from parallel_agents.events import (
     TOOL_INVOKE_ALL_COMPLETE,
@@ -194,28 +196,22 @@ async def test_a_plain_function_runs_in_a_thread_and_an_async_one_does_not() -> 
 
 
 async def test_so_many_plain_functions_run_at_once_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel_agents._tools.THREADS", 2)
-    lock, go = threading.Lock(), threading.Event()
-    running, peak = 0, 0
+    monkeypatch.setattr(_tools, "THREADS", 2)
+    go = threading.Event()
 
-    def count() -> None:
-        nonlocal running, peak
-        with lock:
-            running += 1
-            peak = max(peak, running)
-            if running == 2:
-                go.set()
+    def wait() -> None:
         go.wait()
-        with lock:
-            running -= 1
 
     async def turn() -> None:
-        await ToolInvoker(ToolRegistry([count])).invoke_all([call("count")] * 4)
+        await ToolInvoker(ToolRegistry([wait])).invoke_all([call("wait")] * 2)
 
     async with anyio.create_task_group() as tasks:  # the bound is one for all turns of an event loop
         tasks.start_soon(turn)
         tasks.start_soon(turn)
-    assert peak == 2
+        await anyio.wait_all_tasks_blocked()
+        statistics = _tools._thread_limiter().statistics()
+        go.set()
+    assert (statistics.borrowed_tokens, statistics.tasks_waiting) == (2, 2)
 
 
 async def test_a_cancelled_call_waits_for_its_thread_which_is_told() -> None:
@@ -582,11 +578,16 @@ def test_a_registry_is_an_iterable_of_its_tools() -> None:
 async def test_what_is_no_schema_is_refused_and_other_documents_are_not_fetched() -> None:
     with pytest.raises(ValueError, match="parameters of tool 'tool': no JSON Schema: 'objekt' is not valid"):
         raw(paint, parameters={"type": "objekt"})
-    elsewhere = raw(paint, parameters={"$ref": "http://127.0.0.1:1/schema"})
-    endless = raw(paint, name="endless", parameters={"$ref": "#"})
-    results = await invoke(elsewhere, endless)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/schema"
+        elsewhere = raw(paint, parameters={"$ref": address})
+        endless = raw(paint, name="endless", parameters={"$ref": "#"})
+        results = await invoke(elsewhere, endless)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            server.accept()
     assert [result.content for result in results] == [
-        "ToolArgumentsError: the schema refers to 'http://127.0.0.1:1/schema', which is not in it",
+        f"ToolArgumentsError: the schema refers to '{address}', which is not in it",
         "ToolArgumentsError: the schema refers to itself without an end",
     ]
 
