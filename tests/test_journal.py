@@ -36,7 +36,7 @@ from parallel_agents import (
     Usage,
     current_run,
 )
-from parallel_agents.engines.journal import JournaledEngine
+from parallel_agents.engines.journal import JournaledEngine, fingerprint
 from parallel_agents.engines.retry import RetryEngine, RetryPolicy
 from parallel_agents.events import PARALLEL_AGENT_RESUMED
 from parallel_agents.journals import Ending, Entry, JournalError, Step
@@ -690,3 +690,19 @@ def test_engines_refuse_what_makes_no_sense() -> None:
 
     with pytest.raises(ValueError, match="not that one"):
         JournaledEngine(Refuses(), a_journal).check(assignment(1))
+
+
+def test_a_field_that_is_new_changes_no_old_work() -> None:
+    @frozen(kw_only=True)
+    class LaterTask(Task):
+        mood: str = ""
+        tags: tuple[str, ...] = ()
+
+    def of(task: Task, **identity: Any) -> str:
+        return fingerprint(AgentAssignment(identity=AgentIdentity(id="a", **identity), task=task), {}, "")
+
+    old = of(Task(id="t"))
+    assert of(LaterTask(id="t")) == of(Task(id="t"), name="a") == old
+    assert (
+        len({old, of(LaterTask(id="t", mood="x")), of(LaterTask(id="t", tags=("",))), of(Task(id="t"), name="b")}) == 4
+    )

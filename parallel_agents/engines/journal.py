@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from attrs import evolve
+from attrs import evolve, fields, has
 
 from .._checks import shown, wrong_type
 from .._context import RunContext, current_run
@@ -175,10 +175,30 @@ class JournaledEngine:
 
 def fingerprint(assignment: AgentAssignment, upstream: Mapping[str, AgentOutcome[Any]], version: str) -> str:
     """Return 64 characters that are the same for the same work; what is no JSON counts as its ``repr()``."""
-    work = {name: value for name, value in unstructure(assignment).items() if name not in FINGERPRINT_LEAVES_OUT}
+    work = {name: value for name, value in _said(assignment).items() if name not in FINGERPRINT_LEAVES_OUT}
     work["upstream"] = {task_id: plain_json(outcome.output) for task_id, outcome in upstream.items()}
     work["version"] = version
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+
+
+def _said(value: Any) -> Any:
+    """Return a value as JSON without the fields that have their defaults: a field that is new changes no old work."""
+    if isinstance(value, tuple):
+        return [_said(item) for item in value]
+    if not has(type(value)):
+        return plain_json(value)
+    given = {
+        a.name: getattr(value, a.name) for a in fields(type(value)) if getattr(value, a.name) != _default(a, value)
+    }
+    return {name: _said(item) for name, item in given.items()}
+
+
+def _default(attribute: Any, owner: object) -> Any:
+    """Return what a field has where nothing is given."""
+    default = attribute.default
+    if not hasattr(default, "takes_self"):
+        return default
+    return default.factory(owner) if default.takes_self else default.factory()
 
 
 def _text(text: str) -> str:

@@ -17,9 +17,9 @@ CREATE TABLE attempts (
     requests INTEGER NOT NULL DEFAULT 0,
     cost REAL NOT NULL DEFAULT 0.0
 );
-INSERT INTO "attempts" VALUES(1,1,'g','rich','a','5cce6b9c11acc42c226fe7bc36492b2b6827e0a4cea12bf1e8f7df3c74b39589',1.79551918188435602192e+09,1.79551918188653802867e+09,'succeeded','{"task_id": "rich", "agent_id": "a", "termination_reason": "completed", "output": {"task": "rich", "text": "\u00e9\ud800", "number": 1.5, "list": [null, true]}, "error_message": null, "usage": {"input_tokens": 0, "output_tokens": 0, "requests": 0, "cost": 0.0}, "turns": 0, "duration_seconds": 0.0, "messages": [], "is_success": true, "is_failure": false, "total_cost": 0.0, "completion_summary": null}',10,5,1,0.25);
-INSERT INTO "attempts" VALUES(2,1,'g','fails','fails','93592d53644a0638add6815ee0e0b0ae3f4713f5ff9f23331ea79a4295c78a55',1.79551918188627910614e+09,1.79551918188713192934e+09,'failed','ValueError: as always',10,5,1,0.25);
-INSERT INTO "attempts" VALUES(3,1,'g','after','after','a494d78f5bcaac78b64727df3605e6ed23aad3064f1ccc7218e6f6e42fa07d0d',1.79551918188708305363e+09,1.79551918188770079616e+09,'succeeded','{"task_id": "after", "agent_id": "after", "termination_reason": "completed", "output": {"task": "after", "text": "\u00e9\ud800", "number": 1.5, "list": [null, true]}, "error_message": null, "usage": {"input_tokens": 0, "output_tokens": 0, "requests": 0, "cost": 0.0}, "turns": 0, "duration_seconds": 0.0, "messages": [], "is_success": true, "is_failure": false, "total_cost": 0.0, "completion_summary": null}',10,5,1,0.25);
+INSERT INTO "attempts" VALUES(1,1,'g','rich','a','17dd7e4e65385b211216c4453de2f66a6b505b6bc4643bf482600c71f50a28e8',1.79553082551251578331e+09,1.79553082551609134677e+09,'succeeded','{"task_id": "rich", "agent_id": "a", "termination_reason": "completed", "output": {"task": "rich", "text": "\u00e9\ud800", "number": 1.5, "list": [null, true]}, "error_message": null, "usage": {"input_tokens": 0, "output_tokens": 0, "requests": 0, "cost": 0.0}, "turns": 0, "duration_seconds": 0.0, "messages": [], "is_success": true, "is_failure": false, "total_cost": 0.0, "completion_summary": null}',10,5,1,0.25);
+INSERT INTO "attempts" VALUES(2,1,'g','fails','fails','953d50a35f3d3b881e04f4e8eb95da5b2feb7356b149009e768584e6fa3617b8',1.79553082551556730276e+09,1.79553082551732301713e+09,'failed','ValueError: as always',10,5,1,0.25);
+INSERT INTO "attempts" VALUES(3,1,'g','after','after','aa621dc4484ed651fa9dd3556c4a1b97f1e57e997a628aad5179541bf94553f6',1.79553082551722979548e+09,1.79553082551865696905e+09,'succeeded','{"task_id": "after", "agent_id": "after", "termination_reason": "completed", "output": {"task": "after", "text": "\u00e9\ud800", "number": 1.5, "list": [null, true]}, "error_message": null, "usage": {"input_tokens": 0, "output_tokens": 0, "requests": 0, "cost": 0.0}, "turns": 0, "duration_seconds": 0.0, "messages": [], "is_success": true, "is_failure": false, "total_cost": 0.0, "completion_summary": null}',10,5,1,0.25);
 CREATE TABLE executions (
     id INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
@@ -27,6 +27,6 @@ CREATE TABLE executions (
     started REAL NOT NULL,
     finished REAL
 );
-INSERT INTO "executions" VALUES(1,'old','g',1.7955191818842542172e+09,NULL);
+INSERT INTO "executions" VALUES(1,'old','g',1.79553082551235890394e+09,NULL);
 CREATE INDEX attempts_by_task ON attempts (execution, group_id, task_id);
 COMMIT;
