@@ -28,7 +28,6 @@ from parallel_agents import (
     Usage,
     current_run,
 )
-from parallel_agents.engines import _asyncio_thread
 from parallel_agents.engines.asyncio import AsyncioEngine
 from parallel_agents.events import ASYNCIO_AGENT_LEFT, PARALLEL_AGENT_RETRY
 
@@ -437,7 +436,7 @@ def test_what_agents_leave_behind_ends_with_the_run_of_trio() -> None:
 
 def test_an_agent_that_blocks_the_thread_does_not_block_the_end_of_trio(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trio")
-    monkeypatch.setattr(_asyncio_thread, "CLOSE_SECONDS", 0.01)
+    monkeypatch.setattr("parallel_agents.engines._asyncio_thread.CLOSE_SECONDS", 0.01)
     started, go = threading.Event(), threading.Event()
 
     async def agent(assignment: AgentAssignment) -> None:
