@@ -632,12 +632,16 @@ async def test_an_endless_answer_is_cut_off(stream: bool) -> None:
     kind = {"content-type": "text/event-stream" if stream else "application/json"}
     async with scripted_chat_server([ChatReply(body=b"data: " + b" " * 100 * 1024 * 1024, headers=kind)]) as server:
         outcome = await outcome_of(ChatEngine(server.base_url, "m"))
-        await server.until(lambda s: s.in_flight == 0)
+        with anyio.fail_after(60):
+            await server.until(lambda s: s.hung_up == [0])
     assert outcome.error == "ChatError: the answer is longer than reply_limit_bytes, 8388608"
 
 
 async def test_an_endless_explanation_is_cut_off() -> None:
-    outcome, _ = await ask([ChatReply(status=400, body=b"x" * 10 * 1024 * 1024)])
+    async with scripted_chat_server([ChatReply(status=400, body=b"x" * 100 * 1024 * 1024)]) as server:
+        outcome = await outcome_of(ChatEngine(server.base_url, "m"))
+        with anyio.fail_after(60):
+            await server.until(lambda s: s.hung_up == [0])
     assert len(outcome.error) < 1_200
 
 
