@@ -10,6 +10,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+from each_step import cancel_at_each_step
 from groups import group_of
 
 from parallel_agents import (
@@ -472,3 +473,40 @@ async def test_outside_of_a_run_there_is_none() -> None:
     assert repr(engine) == "AsyncioEngine(outcome_of)"
     with pytest.raises(LookupError):
         await engine.run(group_of(1).assignments[0])
+
+
+def test_cancelled_at_every_step_no_agent_is_left_over() -> None:
+    running = 0
+    executor = ParallelExecutor(engine=AsyncioEngine(lambda assignment: agent(assignment)))
+
+    async def agent(assignment: AgentAssignment) -> None:
+        nonlocal running
+        running += 1
+        try:
+            await asyncio.sleep(0)
+            await asyncio.sleep(1)
+        except asyncio.CancelledError:
+            for _ in range(3):
+                await asyncio.sleep(0)  # a second cancellation would cut this off
+            cleaned_up.append(assignment.task_id)
+            raise
+        finally:
+            running -= 1
+            ended.append(assignment.task_id)
+
+    async def program() -> None:
+        await executor.execute_group(group_of(3, max_concurrency=2))
+
+    def nobody_runs() -> None:
+        assert running == 0
+        steps.append((len(ended), len(cleaned_up)))
+        ended.clear()
+        cleaned_up.clear()
+
+    ended: list[str] = []
+    cleaned_up: list[str] = []
+    steps: list[tuple[int, int]] = []
+    assert cancel_at_each_step("asyncio", program, nobody_runs) > 10
+    assert running == 0
+    assert (2, 2) in steps  # both that ran were cancelled and cleaned up
+    assert all(cleaned <= over for over, cleaned in steps)
