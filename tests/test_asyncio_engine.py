@@ -1,6 +1,8 @@
 """AsyncioEngine: agents that are written for asyncio, on asyncio and beside trio."""
 
 import asyncio
+import contextlib
+import gc
 import threading
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -211,6 +213,28 @@ async def test_an_agent_that_does_not_end_is_left_to_itself_and_told_about() -> 
     (left,) = [event for event in notes.events if event.name == ASYNCIO_AGENT_LEFT]
     assert (left.task_id, left.fields["cleanup_seconds"]) == ("t0", 0.01)
     assert ended == []
+
+
+async def test_what_an_agent_raises_after_it_was_left_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    started, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    async def agent(assignment: AgentAssignment) -> None:
+        started.set()
+        while not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(ended.set)
+        raise OSError("too late")
+
+    outcome = await cancelled_outcome(agent, started, cleanup_seconds=0.01)
+    assert outcome.status is OutcomeStatus.CANCELLED
+    go.set()
+    with anyio.fail_after(60):
+        await anyio.to_thread.run_sync(ended.wait)
+    for _ in range(3):
+        await anyio.lowlevel.checkpoint()
+        gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.proves("X9")
