@@ -11,6 +11,7 @@ from parallel_agents._errors import (
     AgentFailedError,
     EngineUnavailableError,
     InvalidPlanError,
+    NeedsHuman,
     ParallelAgentsError,
     ParallelExecutionError,
     ResourceConflictError,
@@ -307,6 +308,7 @@ ERRORS: list[tuple[ParallelAgentsError, dict[str, Any], str]] = [
     (ShutdownInProgressError(), {}, "Shutdown in progress. Make a new ShutdownManager to run more"),
     (InvalidPlanError(["a: b", "c: d"]), {"problems": ("a: b", "c: d")}, "a: b\nc: d"),
     (EngineUnavailableError("install x"), {}, "install x"),
+    (NeedsHuman("May I?"), {"question": "May I?", "results": ()}, "May I?"),
 ]
 
 

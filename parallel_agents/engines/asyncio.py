@@ -14,8 +14,9 @@ from attrs import define
 from .._checks import shown
 from .._context import RunContext, _current, current_run
 from .._models import AgentAssignment, Usage
-from .._outcomes import AgentRunResult, TerminationReason
+from .._outcomes import AgentRunResult
 from ..events import ASYNCIO_AGENT_LEFT
+from .function import result_of
 
 AsyncFunction = Callable[[AgentAssignment], Awaitable[Any]]
 Send = Callable[[Callable[[], object]], object]
@@ -76,15 +77,7 @@ class AsyncioEngine:
                 raise
         if agent.was_cancelled:
             await _raise_a_cancellation()
-        value = agent.result()
-        if isinstance(value, AgentRunResult):
-            return value
-        return AgentRunResult(
-            task_id=assignment.task_id,
-            agent_id=assignment.agent_id,
-            termination_reason=TerminationReason.COMPLETED,
-            output=value,
-        )
+        return result_of(assignment, agent.result())
 
 
 @define(eq=False)

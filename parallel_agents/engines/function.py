@@ -26,12 +26,16 @@ class FunctionEngine:
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Await the function."""
-        value = await self._function(assignment)
-        if isinstance(value, AgentRunResult):
-            return value
-        return AgentRunResult(
-            task_id=assignment.task_id,
-            agent_id=assignment.agent_id,
-            termination_reason=TerminationReason.COMPLETED,
-            output=value,
-        )
+        return result_of(assignment, await self._function(assignment))
+
+
+def result_of(assignment: AgentAssignment, value: Any) -> AgentRunResult[Any]:
+    """Return the result that a function's return value stands for: itself, or a completed one with it as the output."""
+    if isinstance(value, AgentRunResult):
+        return value
+    return AgentRunResult(
+        task_id=assignment.task_id,
+        agent_id=assignment.agent_id,
+        termination_reason=TerminationReason.COMPLETED,
+        output=value,
+    )
