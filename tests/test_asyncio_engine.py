@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -449,6 +451,8 @@ def test_what_agents_leave_behind_ends_with_the_run_of_trio() -> None:
         try:
             await asyncio.Event().wait()
         finally:
+            for _ in range(2_000):
+                await asyncio.sleep(0)
             ended.append("task")
 
     async def agent(assignment: AgentAssignment) -> None:
@@ -459,26 +463,46 @@ def test_what_agents_leave_behind_ends_with_the_run_of_trio() -> None:
     assert ended == ["task"]
 
 
-def test_an_agent_that_blocks_the_thread_does_not_block_the_end_of_trio(monkeypatch: pytest.MonkeyPatch) -> None:
+BLOCKS = """
+import threading
+import anyio
+from loguru import logger
+from parallel_agents import AgentIdentity, ParallelExecutionGroup, ParallelExecutor, Task
+from parallel_agents.engines import _asyncio_thread
+from parallel_agents.engines.asyncio import AsyncioEngine
+
+async def agent(assignment):
+    started.set()
+    threading.Event().wait()
+
+async def main():
+    group = ParallelExecutionGroup.map("g", AgentIdentity(id="a"), [Task(id="t")])
+    engine = AsyncioEngine(agent, cleanup_seconds=0.01)
+    async with ParallelExecutor(engine=engine).open_group(group) as run:
+        await anyio.to_thread.run_sync(started.wait)
+        run.cancel()
+    print(run.result.outcomes[0].status)
+
+started = threading.Event()
+_asyncio_thread.CLOSE_SECONDS = 0.01
+logger.remove()
+logger.add(lambda line: print(line.record["message"], line.record["extra"].get("task_id")), level="WARNING")
+logger.enable("parallel_agents")
+anyio.run(main, backend="trio")
+"""
+
+
+def test_an_agent_that_blocks_the_thread_for_ever_does_not_block_the_end_of_the_program() -> None:
     pytest.importorskip("trio")
-    monkeypatch.setattr("parallel_agents.engines._asyncio_thread.CLOSE_SECONDS", 0.01)
-    started, go = threading.Event(), threading.Event()
-
-    async def agent(assignment: AgentAssignment) -> None:
-        started.set()
-        go.wait()
-
-    async def main() -> OutcomeStatus:
-        return (await cancelled_outcome(agent, started, cleanup_seconds=0.01)).status
-
-    threads = set(threading.enumerate())
-    try:
-        assert anyio.run(main, backend="trio") is OutcomeStatus.CANCELLED
-    finally:
-        go.set()
-        for thread in set(threading.enumerate()) - threads:
-            if "asyncio" in thread.name:
-                thread.join()
+    command = [sys.executable, "-c", BLOCKS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        f"{ASYNCIO_AGENT_LEFT} t",
+        "execution.parallel.agent_cancelled t",
+        "cancelled",
+        f"{ASYNCIO_AGENT_LEFT} None",
+    ]
 
 
 # What is refused

@@ -133,9 +133,9 @@ async def test_what_happens_after_the_server_is_lost_or_left(
     logger.disable("parallel_agents")
     assert late.is_error
     assert after.is_error
-    assert after.content.startswith("McpToolError: the ")
-    is_http = isinstance(server, str)
-    assert (MCP_SERVER_LOST in lines) is is_http  # over stdio the SDK tells each call, and ends in order
+    is_lost = isinstance(server, str)  # over stdio the SDK tells each call, and ends in order
+    assert (MCP_SERVER_LOST in lines) is is_lost
+    assert after.content.startswith(f"McpToolError: the {'server is gone: ' if is_lost else 'connection is closed'}")
 
 
 async def test_what_the_block_raises_comes_out_as_it_is(command: list[str]) -> None:
