@@ -6,6 +6,7 @@ files or signals.
 """
 
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -32,13 +33,16 @@ from .events import (
     PARALLEL_PROGRESS_UPDATE,
     ParallelEvent,
 )
-from .serialization import to_json
+from .serialization import plain_json, to_json
 
 ID_CHARACTERS: Final = 60
 """Characters of an id that are shown."""
 
 ERROR_CHARACTERS: Final = 300
 """Characters of an error that are shown; the report has all of it."""
+
+OUTPUT_CHARACTERS: Final = 60
+"""Characters of an output that are shown; the same holds for it."""
 
 LIVE_ROWS: Final = 12
 """Agents that the live display shows at most."""
@@ -113,6 +117,19 @@ def error_line(outcome: AgentOutcome[Any]) -> str:
     return harmless(" ".join(str(error).split()), ERROR_CHARACTERS)
 
 
+def output_line(outcome: AgentOutcome[Any]) -> str:
+    """Return what an agent produced, in one short line."""
+    output = outcome.output
+    text = (
+        output
+        if isinstance(output, str)
+        else ""
+        if output is None
+        else json.dumps(plain_json(output), ensure_ascii=False)
+    )
+    return harmless(" ".join(text[: 10 * OUTPUT_CHARACTERS].split()), OUTPUT_CHARACTERS)
+
+
 def waiting_text(event: ParallelEvent) -> str:
     """Return whom an agent waits for, and for what."""
     holder = harmless(str(event.fields["holder"]), ID_CHARACTERS)
@@ -182,14 +199,14 @@ def print_summary(console: Console, result: ParallelExecutionResult[Any]) -> Non
 
 
 def _summary_table(outcomes: Iterable[AgentOutcome[Any]]) -> Table:
-    table = make_table("agent", "task", "status", "time", "error")
+    table = make_table("agent", "task", "status", "time", "result")
     for outcome in outcomes:
         table.add_row(
             id_text(outcome.agent_id),
             id_text(outcome.task_id),
             Text(status_text(outcome.status), style=STYLES[outcome.status]),
             Text("-" if outcome.started_after_seconds is None else duration_text(outcome.duration_seconds)),
-            Text(error_line(outcome)),
+            Text(error_line(outcome)) if not outcome.is_success else Text(output_line(outcome), style="dim"),
         )
     return table
 

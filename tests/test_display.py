@@ -25,6 +25,7 @@ from parallel_agents._display import (
     ERROR_CHARACTERS,
     LISTED_FAILURES,
     LISTED_OUTCOMES,
+    OUTPUT_CHARACTERS,
     Display,
     JsonDisplay,
     LineDisplay,
@@ -34,6 +35,7 @@ from parallel_agents._display import (
     error_line,
     harmless,
     make_console,
+    output_line,
     print_summary,
 )
 from parallel_agents.events import (
@@ -157,6 +159,25 @@ def test_errors_are_one_short_line() -> None:
     assert error_line(succeeded()) == ""
 
 
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        (None, ""),
+        ("two\nlines\t\x1b[1m", r"two lines \x1b[1m"),
+        ({"mood": "größer", "n": [1]}, '{"mood": "größer", "n": [1]}'),
+        (b"x", '{"$repr": "b\'x\'", "$type": "bytes"}'),
+        ("x" * 10_000, "x" * (OUTPUT_CHARACTERS - 1) + "…"),
+    ],
+)
+def test_an_output_is_one_harmless_short_line(output: object, line: str) -> None:
+    result: AgentRunResult[object] = AgentRunResult(
+        task_id="t", agent_id="a", termination_reason=TerminationReason.COMPLETED, output=output
+    )
+    outcome = AgentOutcome(task_id="t", agent_id="a", result=result)
+    assert output_line(outcome) == line
+    assert line in summary(outcome)
+
+
 def test_a_failed_result_says_its_message_or_how_it_ended() -> None:
     def outcome(**fields: Any) -> AgentOutcome[Any]:
         return AgentOutcome(task_id="t", agent_id="a", result=AgentRunResult(task_id="t", agent_id="a", **fields))
@@ -173,7 +194,7 @@ def test_the_table_has_a_row_for_each_outcome_and_the_sums() -> None:
     never = failed("d", "Shutdown in progress", status=OutcomeStatus.REJECTED, started_after_seconds=None)
     text = summary(succeeded("a"), failed("b"), late, never)
     rows = [line.split() for line in text.splitlines()]
-    assert rows[0] == ["agent", "task", "status", "time", "error"]
+    assert rows[0] == ["agent", "task", "status", "time", "result"]
     assert rows[1] == ["agent-a", "task-a", "succeeded", "1.2", "s"]
     assert rows[2] == ["agent-b", "task-b", "failed", "2.0", "s", "ValueError:", "no"]
     assert rows[3][2:6] == ["timed", "out", "2.0", "s"]
