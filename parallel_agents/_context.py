@@ -6,6 +6,7 @@ Knows no executor; the run in flight fills it in.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,10 @@ NO_OUTCOMES: Mapping[str, AgentOutcome[Any]] = MappingProxyType({})
 
 @define(eq=False)
 class RunContext:
-    """The agent's view of its run.
+    """The agent's view of its run; it belongs to the event loop.
+
+    A worker thread that an agent starts itself tells things through it with ``anyio.from_thread.run_sync()``. In plain
+    functions that are tools, and in the agents of ``AsyncioEngine``, that has been seen to.
 
     Attributes:
         group_id: The group it runs in.
@@ -75,6 +79,51 @@ class RunContext:
         Blocks may be nested, and overlap in several tasks of an agent.
         """
         yield
+
+
+class RunInAnotherThread(RunContext):
+    """The run of an agent for code in another thread: what that code tells is sent to the thread of the run.
+
+    Args:
+        run: The agent's run.
+        send: Has a function called in the run's event loop, after all that was sent before.
+    """
+
+    def __init__(self, run: RunContext, send: Callable[[Callable[[], object]], object]) -> None:
+        super().__init__(
+            run.group_id,
+            run.assignment,
+            lambda: run.shutdown_requested,
+            attempt=run.attempt,
+            usage=run.usage,
+            upstream=run.upstream,
+        )
+        self._run = run
+        self._send = send
+
+    @property
+    def budget_exhausted(self) -> bool:
+        """Whether the group's budget is spent."""
+        return self._run.budget_exhausted
+
+    def record_usage(self, usage: Usage) -> None:
+        """Add to what the agent spent; it arrives a moment later."""
+        super().record_usage(usage)
+        self._send(partial(self._run.record_usage, usage))
+
+    def emit(self, name: str, /, **fields: Any) -> None:
+        """Send an event about the agent."""
+        self._send(partial(self._run.emit, name, **fields))
+
+    @contextmanager
+    def not_charged(self) -> Iterator[None]:
+        """Do not count the time in this block towards the agent's timeout."""
+        block = self._run.not_charged()
+        self._send(block.__enter__)
+        try:
+            yield
+        finally:
+            self._send(partial(block.__exit__, None, None, None))
 
 
 _current: ContextVar[RunContext] = ContextVar("parallel_agents_current_run")

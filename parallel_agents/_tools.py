@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Self
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import attrs
 from anyio.lowlevel import RunVar
@@ -30,7 +31,7 @@ from ._checks import (
     thawed,
     wrong_type,
 )
-from ._context import _current
+from ._context import RunContext, RunInAnotherThread, _current
 from ._endings import fatal_in, is_cancellation, order_to_end
 from ._errors import NeedsHuman
 from ._models import ToolCall
@@ -146,7 +147,9 @@ class Tool:
                 value = await typed(**arguments)
             else:
                 value = await anyio.to_thread.run_sync(
-                    partial(typed, **arguments), abandon_on_cancel=abandon_on_cancel, limiter=_thread_limiter()
+                    partial(_call_in_thread, _current.get(None), typed, arguments),
+                    abandon_on_cancel=abandon_on_cancel,
+                    limiter=_thread_limiter(),
                 )
             return as_json(value, fallback=partial(_attrs_as_json, function.__name__))
 
@@ -355,6 +358,13 @@ class UnknownToolError(LookupError):
 
 class ToolArgumentsError(ValueError):
     """The arguments are not what the tool takes."""
+
+
+def _call_in_thread(run: RunContext | None, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Call a plain function in a worker thread, where the agent's run is seen from another thread."""
+    if run is not None:
+        _current.set(RunInAnotherThread(run, anyio.from_thread.run_sync))
+    return function(**arguments)
 
 
 def _attrs_as_json(name: str, value: object) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from parallel_agents import (
     AgentAssignment,
+    Budget,
     FunctionEngine,
     NeedsHuman,
     Observer,
@@ -32,9 +33,12 @@ from parallel_agents import (
     ToolInvoker,
     ToolRegistry,
     ToolResult,
+    Usage,
     _tools,
+    current_run,
 )
 from parallel_agents.events import (
+    PARALLEL_AGENT_RETRY,
     TOOL_INVOKE_ALL_COMPLETE,
     TOOL_INVOKE_ALL_START,
     TOOL_INVOKE_ERROR,
@@ -248,6 +252,32 @@ async def test_a_thread_is_left_to_itself_where_that_is_allowed() -> None:
     assert not ended.is_set()
     go.set()
     assert await anyio.to_thread.run_sync(ended.wait)
+
+
+@pytest.mark.proves("X14")
+async def test_a_plain_function_can_tell_what_it_spent_from_its_thread() -> None:
+    threads: list[int] = []
+
+    class Listens(Observer):
+        def on_event(self, event: ParallelEvent) -> None:
+            threads.append(threading.get_ident())
+
+    def spends() -> str:
+        run = current_run()
+        with run.not_charged():
+            run.record_usage(Usage(cost=2.0))
+        run.emit(PARALLEL_AGENT_RETRY, attempt=1, wait_seconds=0.0, error="")
+        return f"{run.assignment.task_id}: {run.usage.cost} {run.budget_exhausted}"
+
+    async def agent(assignment: AgentAssignment) -> str:
+        (result,) = await ToolInvoker(ToolRegistry([spends])).invoke_all([call("spends")])
+        return result.content
+
+    executor = ParallelExecutor(engine=FunctionEngine(agent), observers=[Listens()])
+    result = await executor.execute_group(group_of(2, max_concurrency=1, budget=Budget(max_cost=1.0)))
+    assert [outcome.output for outcome in result.outcomes] == ["t0: 2.0 True", None]
+    assert result.total_usage == Usage(cost=2.0)
+    assert set(threads) == {threading.get_ident()}
 
 
 # Called side by side

@@ -1,8 +1,7 @@
 """AsyncioEngine: agents that are written for asyncio, from asyncio and from trio."""
 
 import asyncio  # noqa: TID251 - its agents run on nothing else
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
@@ -12,8 +11,8 @@ import anyio.lowlevel
 from attrs import define
 
 from .._checks import shown
-from .._context import RunContext, _current, current_run
-from .._models import AgentAssignment, Usage
+from .._context import RunContext, RunInAnotherThread, _current, current_run
+from .._models import AgentAssignment
 from .._outcomes import AgentRunResult
 from ..events import ASYNCIO_AGENT_LEFT
 from .function import result_of
@@ -136,42 +135,6 @@ class _Agent:
         return self._task.result()
 
 
-class _RemoteRun(RunContext):
-    """The run of an agent in another thread: what it tells is sent to where the run is."""
-
-    def __init__(self, run: RunContext, send: Send) -> None:
-        super().__init__(
-            run.group_id,
-            run.assignment,
-            lambda: run.shutdown_requested,
-            attempt=run.attempt,
-            usage=run.usage,
-            upstream=run.upstream,
-        )
-        self._run = run
-        self._send = send
-
-    @property
-    def budget_exhausted(self) -> bool:
-        return self._run.budget_exhausted
-
-    def record_usage(self, usage: Usage) -> None:
-        super().record_usage(usage)
-        self._send(partial(self._run.record_usage, usage))
-
-    def emit(self, name: str, /, **fields: Any) -> None:
-        self._send(partial(self._run.emit, name, **fields))
-
-    @contextmanager
-    def not_charged(self) -> Iterator[None]:
-        block = self._run.not_charged()
-        self._send(block.__enter__)
-        try:
-            yield
-        finally:
-            self._send(partial(block.__exit__, None, None, None))
-
-
 def _start(agent: _Agent, run: RunContext) -> None:
     """Start an agent where asyncio runs: here, or beside trio."""
     context = copy_context()
@@ -182,7 +145,7 @@ def _start(agent: _Agent, run: RunContext) -> None:
 
     thread = AsyncioThread.of_this_run()
     context.run(forget_the_library)
-    context.run(_current.set, _RemoteRun(run, thread.to_trio))
+    context.run(_current.set, RunInAnotherThread(run, thread.to_trio))
     agent.start(context, thread.to_asyncio, thread.to_trio)
 
 
