@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import attrs
 import httpx2
 import pytest
 import trustme
@@ -866,6 +867,16 @@ async def test_a_file_that_is_too_long_or_missing_is_the_agents_failure(tmp_path
         group = group_for(task={"inputs": {"path": path}})
         outcome, _ = await ask([], group, attach=["path"], folder=tmp_path)
         assert outcome.error.startswith(problem)
+
+
+def test_an_engine_can_be_made_from_another() -> None:
+    async def a_tool() -> None: ...
+
+    engine = ChatEngine("http://x", "m", prompt="{task.title}", tools=[a_tool], output_schema={"type": "string"})
+    other = attrs.evolve(engine, model="n", base_url="http://y")
+    assert repr(other) == "ChatEngine('http://y', 'n')"
+    assert (other.prompt, other.tools, other.output_schema) == (engine.prompt, engine.tools, engine.output_schema)
+    assert other._client is not engine._client
 
 
 def test_errors_survive_pickling() -> None:

@@ -88,8 +88,8 @@ def _as_schema(value: Mapping[str, Any] | None) -> FrozenDict | None:
     return None if value is None else json_table(value, "output_schema")
 
 
-def _as_template(value: str | None) -> Template | None:
-    return None if value is None else Template.parse(value, "prompt")
+def _as_template(value: str | Template | None) -> Template | None:
+    return value if value is None or isinstance(value, Template) else Template.parse(value, "prompt")
 
 
 def _is_address(_instance: object, attribute: Any, value: str) -> None:
