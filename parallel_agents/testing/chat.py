@@ -5,7 +5,7 @@ It speaks real HTTP over real sockets, so that what is tested is the client that
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import anyio
@@ -186,7 +186,8 @@ class _Connection:
                 await reply.wait_for.wait()
             if reply.delay_seconds:
                 await anyio.sleep(reply.delay_seconds)
-            is_complete = await self._send_now(reply, _chunks(reply, request))
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # the client goes while it is sent
+                is_complete = await self._send_now(reply, _chunks(reply, request))
             tasks.cancel_scope.cancel()
         return is_complete
 
