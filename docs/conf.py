@@ -33,7 +33,7 @@ nitpick_ignore_regex = [
     (r"py:exc", r"[A-Z]\w+(Error|Exit|Interrupt|Group|Exception)"),
 ]
 
-TYPE_VARIABLES_AND_PRIVATE_TYPES = r"parallel_agents\.\w+(\.\w+)?\.(T|_V|FrozenDict)"
+TYPE_VARIABLES_AND_PRIVATE_TYPES = r"parallel_agents\.\w+(\.\w+)?\.(T|_V|FrozenDict|Template)"
 nitpick_ignore_regex.append((r"py:(class|obj)", TYPE_VARIABLES_AND_PRIVATE_TYPES))
 
 
