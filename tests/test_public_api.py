@@ -1,6 +1,8 @@
 """What is public is in ``__all__``, and importing it needs neither a backend nor an extra."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,3 +128,27 @@ def test_importing_the_package_loads_no_extra_and_no_trio() -> None:
     program = f"import parallel_agents, sys; print(sorted({{'trio', *{sorted(EXTRAS)!r}}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (run.stdout, run.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("_json_schema", "jsonschema", "tools"),
+        ("engines.chat", "httpx2", "chat"),
+        ("engines.langgraph", "langgraph", "langgraph"),
+        ("engines.mcp", "mcp", "mcp"),
+        ("engines.openai_agents", "agents", "openai-agents"),
+        ("engines.pydantic_ai", "pydantic_ai", "pydantic-ai"),
+        ("engines.retry", "stamina", "retry"),
+        ("testing.chat", "h11", "chat"),
+    ],
+)
+def test_what_is_missing_is_told_with_what_to_install(
+    module: str, missing: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, f"parallel_agents.{module}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=re.escape(f"pip install 'parallel-agents[{extra}]'")):
+        importlib.import_module(f"parallel_agents.{module}")
