@@ -72,6 +72,23 @@ async def test_the_engine_remembers_how_many_ran_and_in_which_order() -> None:
     assert engine.order == ("t0", "t1", "t2", "t3", "t4")
 
 
+async def test_several_tests_can_wait_for_the_same() -> None:
+    engine = ScriptedEngine()
+    seen: list[tuple[str, ...]] = []
+
+    async def wait() -> None:
+        await engine.until(lambda e: len(e.calls) == 2)
+        seen.append(engine.order)
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            tasks.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            await result_of(engine, 2)
+    assert seen == [("t0", "t1")] * 2
+
+
 @virtual_time
 async def test_agents_take_their_time_on_the_clock_of_the_loop() -> None:
     engine = ScriptedEngine({"t0": Act(seconds=3_600), "t1": Act(hangs=True)})
