@@ -27,6 +27,7 @@ OUTSIDE_THE_CORE = [
     "parallel_agents/_plan_text.py",
     "parallel_agents/_plan_yaml.py",
     "parallel_agents/_report_file.py",
+    "parallel_agents/_words.py",
     "parallel_agents/cli.py",
     "parallel_agents/plan.py",
     "parallel_agents/engines/_asyncio_thread.py",
@@ -51,7 +52,7 @@ OUTSIDE_THE_CORE = [
 ]
 """Files that need 95 % branch coverage; all others need 100 %."""
 
-TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"], *EXTRAS["mcp"]]
+TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"], *EXTRAS["mcp"], *EXTRAS["otel"]]
 
 nox.needs_version = ">=2025.5"
 nox.options.error_on_external_run = True
@@ -178,7 +179,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def typing(session: nox.Session) -> None:
     """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
-    session.install("-q", "-e", ".[cli,retry,chat,mcp]", *_group("typing"))
+    session.install("-q", "-e", ".[cli,retry,chat,mcp,otel]", *_group("typing"))
     session.run("mypy")
     session.run("pyright")
 
@@ -186,7 +187,7 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """Build the documentation; every warning and every reference that leads nowhere is an error."""
-    session.install("-q", ".[cli,retry,chat,mcp]", *_group("docs"), *_group("tests"), *_group("frameworks"))
+    session.install("-q", ".[cli,retry,chat,mcp,otel]", *_group("docs"), *_group("tests"), *_group("frameworks"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
 
 

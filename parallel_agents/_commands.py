@@ -26,23 +26,14 @@ from rich.console import Console
 from rich.text import Text
 
 from . import OutcomeStatus, ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
-from ._display import (
-    ID_CHARACTERS,
-    Display,
-    choose_display,
-    harmless,
-    id_text,
-    make_console,
-    make_table,
-    opening_text,
-    print_summary,
-)
+from ._display import Display, choose_display, id_text, make_console, make_table, print_summary
 from ._errors import InvalidPlanError, ParallelAgentsError, ParallelExecutionError
 from ._graph import dot, mermaid, tree_lines
 from ._history import print_execution, print_history
 from ._holding import refuse_overlaps
 from ._models import Budget, ClaimPolicy
 from ._report_file import STDOUT, ReportFile
+from ._words import ID_CHARACTERS, harmless, opening_text
 from .engines.journal import JournaledEngine
 from .journals import JournalError
 from .journals._reading import is_in_use, is_journal

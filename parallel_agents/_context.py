@@ -32,6 +32,7 @@ class RunContext:
         attempt: Which attempt this is, from 1.
         usage: What was metered so far.
         upstream: The outcomes of the tasks that this one depends on, by their ids.
+        program_env: Variables for programs that are started for this agent; what their engine sets stands above.
     """
 
     group_id: str
@@ -40,6 +41,7 @@ class RunContext:
     attempt: int = field(default=1, kw_only=True)
     usage: Usage = field(default=NO_USAGE, kw_only=True)
     upstream: Mapping[str, AgentOutcome[Any]] = field(default=NO_OUTCOMES, kw_only=True, repr=False)
+    program_env: Mapping[str, str] = field(default=MappingProxyType({}), kw_only=True, repr=False)
     _usage_watchers: tuple[Callable[[Usage], object], ...] = field(default=(), init=False, repr=False)
 
     @property
@@ -97,6 +99,7 @@ class RunInAnotherThread(RunContext):
             attempt=run.attempt,
             usage=run.usage,
             upstream=run.upstream,
+            program_env=run.program_env,
         )
         self._run = run
         self._send = send

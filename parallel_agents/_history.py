@@ -7,7 +7,8 @@ from datetime import datetime
 from rich.console import Console
 from rich.text import Text
 
-from ._display import duration_text, harmless, id_text, make_table, spent_text
+from ._display import id_text, make_table
+from ._words import duration_text, harmless, spent_text
 from .journals.sqlite import RecordedExecution
 
 

@@ -302,9 +302,7 @@ class GroupRun(Generic[T]):
     async def opened(self) -> AsyncIterator["GroupRun[T]"]:
         """Run the group for the length of the block, and raise at its end what must be raised."""
         group = self.group
-        self._events.start(
-            agent_count=len(self._assignments) or None, max_concurrency=group.max_concurrency, fail_fast=group.fail_fast
-        )
+        self._context.run(self._tell_opened)
         try:
             self._validate()
             if group.claim_policy is ClaimPolicy.REJECT:
@@ -312,12 +310,12 @@ class GroupRun(Generic[T]):
             async with self._working():
                 yield self
         except BaseException as error:
-            self._tell_complete(self._status_after(error))
+            self._context.run(self._tell_complete, self._status_after(error))
             self._raise_orders_to_end()
             for problem in self._claims.errors:
                 error.add_note(f"A lock could not be given back: {error_text(problem)}")
             raise
-        self._tell_complete(self._status())
+        self._context.run(self._tell_complete, self._status())
         self._raise_orders_to_end()
         self._raise_for_errors()
 
@@ -715,7 +713,6 @@ class GroupRun(Generic[T]):
             call.upstream = self._upstream_of(assignment)
         if self._is_watched:
             self._tell_progress()
-            self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
         if assignment.timeout_seconds is not None:
             scope.deadline = call.due = now + assignment.timeout_seconds
         lease = self._claims.leases.get(position)
@@ -737,6 +734,8 @@ class GroupRun(Generic[T]):
         """Run one engine call to its outcome; return the time from which on the worker is free."""
         context = self._context.copy()
         context.run(_current.set, call)
+        if self._is_watched:
+            context.run(self._tell_started, call.assignment)
         try:
             value = await drive(context, self._settings.engine.run, call.assignment)
         except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
@@ -756,7 +755,7 @@ class GroupRun(Generic[T]):
         if self._claims.leases and (still_held := self._claims.give_back(call.position)) is not None:
             await self._claims.finish(still_held)
             now = self._clock()  # the next agent's time does not begin before its call
-        self._end_call(call, outcome)
+        self._end_call(call, outcome, context)
         return now
 
     def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:
@@ -839,7 +838,7 @@ class GroupRun(Generic[T]):
             exception=exception,
         )
 
-    def _end_call(self, call: EngineCall, outcome: AgentOutcome[T]) -> None:
+    def _end_call(self, call: EngineCall, outcome: AgentOutcome[T], context: Context) -> None:
         """Record the outcome of an engine call, and let it have its consequences."""
         self._admission.finish(call.position)
         if self.group.budget is not None and outcome.usage is not call.usage:
@@ -850,7 +849,7 @@ class GroupRun(Generic[T]):
             agent = f"{self.group.group_id}:{outcome.task_id}"
             manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
         if self._is_watched or outcome.result is None:
-            self._tell_ended(outcome)
+            context.run(self._tell_ended, outcome)
         self._record(call.position, outcome)
 
     def _record(self, position: int, outcome: AgentOutcome[T]) -> None:
@@ -1008,21 +1007,40 @@ class GroupRun(Generic[T]):
                 holder=holder,
             )
 
+    def _tell_started(self, assignment: AgentAssignment) -> None:
+        self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
+
     def _tell_ended(self, outcome: AgentOutcome[T]) -> None:
-        task_id, agent_id = outcome.task_id, outcome.agent_id
+        name, level = PARALLEL_AGENT_ERROR, None
+        told: dict[str, Any] = {}
         if outcome.result is not None:
-            self._events.emit(PARALLEL_AGENT_COMPLETE, task_id=task_id, agent_id=agent_id, success=outcome.is_success)
+            name = PARALLEL_AGENT_COMPLETE
+            told["success"] = outcome.is_success
         elif outcome.status is OutcomeStatus.CANCELLED:
-            self._events.emit(PARALLEL_AGENT_CANCELLED, task_id=task_id, agent_id=agent_id)
+            name = PARALLEL_AGENT_CANCELLED
         else:
             is_fatal = outcome.exception is not None and fatal_in(outcome.exception) is not None
-            self._events.emit(
-                PARALLEL_AGENT_ERROR,
-                task_id=task_id,
-                agent_id=agent_id,
-                level="ERROR" if is_fatal else None,
-                error=outcome.error,
-            )
+            level = "ERROR" if is_fatal else None
+            told["error"] = outcome.error
+            told["error_type"] = "" if outcome.exception is None else type(outcome.exception).__name__
+        self._events.emit(
+            name,
+            task_id=outcome.task_id,
+            agent_id=outcome.agent_id,
+            level=level,
+            **told,
+            status=outcome.status.value,
+            duration_seconds=outcome.duration_seconds,
+            input_tokens=outcome.usage.input_tokens,
+            output_tokens=outcome.usage.output_tokens,
+            cost=outcome.usage.cost,
+        )
+
+    def _tell_opened(self) -> None:
+        group = self.group
+        self._events.start(
+            agent_count=len(self._assignments) or None, max_concurrency=group.max_concurrency, fail_fast=group.fail_fast
+        )
 
     def _tell_suppressed(self) -> None:
         if len(self._orders_to_end) > 1:

@@ -22,11 +22,13 @@ PARALLEL_AGENT_WAITING: Final = "execution.parallel.agent_waiting"
 """Debug, when its turn has come but its claims are not to be had: ``group_id``, ``agent_id``, ``task_id``,
 ``resource``, ``holder`` (an agent of the group, or the name of a holder outside)."""
 PARALLEL_AGENT_COMPLETE: Final = "execution.parallel.agent_complete"
-"""Info, when the engine returned a result: ``group_id``, ``agent_id``, ``task_id``, ``success``."""
+"""Info, when the engine returned a result: ``group_id``, ``agent_id``, ``task_id``, ``success``, and what every end of
+an agent tells: ``status``, ``duration_seconds``, ``input_tokens``, ``output_tokens``, ``cost``."""
 PARALLEL_AGENT_ERROR: Final = "execution.parallel.agent_error"
-"""Warning, error when fatal: ``group_id``, ``agent_id``, ``task_id``, ``error``."""
+"""Warning, error when fatal: ``group_id``, ``agent_id``, ``task_id``, ``error``, ``error_type`` (the exception's
+class, empty without one), and what every end of an agent tells."""
 PARALLEL_AGENT_CANCELLED: Final = "execution.parallel.agent_cancelled"
-"""Warning: ``group_id``, ``agent_id``, ``task_id``."""
+"""Warning: ``group_id``, ``agent_id``, ``task_id``, and what every end of an agent tells."""
 PARALLEL_AGENT_RETRY: Final = "execution.parallel.agent_retry"
 """Warning, before the wait: ``group_id``, ``agent_id``, ``task_id``, ``attempt`` (the failed one), ``wait_seconds``,
 ``error``."""
@@ -120,7 +122,12 @@ class ParallelEvent:
 
 @runtime_checkable
 class Observer(Protocol):
-    """Watches a run. What it raises is logged and changes nothing; it must not block."""
+    """Watches a run. What it raises is logged and changes nothing; it must not block.
+
+    It is told of an agent's start and end in that agent's own copy of the context variables, in which ``current_run()``
+    works, and of the group's in the copy from which those of the agents are made: what an observer sets there is seen
+    by what runs below, and by nothing else.
+    """
 
     def on_event(self, event: ParallelEvent, /) -> None:
         """Take note of an event; called in the event loop, while nothing else runs."""

@@ -22,22 +22,17 @@ from parallel_agents import (
     Usage,
 )
 from parallel_agents._display import (
-    ERROR_CHARACTERS,
     LISTED_FAILURES,
     LISTED_OUTCOMES,
-    OUTPUT_CHARACTERS,
     Display,
     JsonDisplay,
     LineDisplay,
     LiveDisplay,
     choose_display,
-    duration_text,
-    error_line,
-    harmless,
     make_console,
-    output_line,
     print_summary,
 )
+from parallel_agents._words import ERROR_CHARACTERS, OUTPUT_CHARACTERS, duration_text, error_line, harmless, output_line
 from parallel_agents.events import (
     PARALLEL_AGENT_START,
     PARALLEL_AGENT_WAITING,

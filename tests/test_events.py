@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -24,6 +25,8 @@ from parallel_agents import (
     ResourceConflictError,
     ShutdownManager,
     Task,
+    Usage,
+    current_run,
     events,
 )
 
@@ -193,12 +196,38 @@ async def test_several_orders_to_end_are_one_that_is_raised_and_a_count() -> Non
     assert suppressed.fields["exception_count"] == 2
 
 
+async def test_an_observer_is_told_in_the_context_of_what_it_is_about() -> None:
+    what: ContextVar[str] = ContextVar("what", default="the caller's")
+    seen: list[str] = []
+
+    class Setter:
+        def on_event(self, event: ParallelEvent) -> None:
+            if event.name == events.PARALLEL_GROUP_START:
+                what.set("the group's")
+            elif event.name == events.PARALLEL_AGENT_START:
+                assert (what.get(), current_run().assignment.task_id) == ("the group's", event.task_id)
+                what.set(f"{event.task_id}'s")
+            elif event.name in (events.PARALLEL_AGENT_COMPLETE, events.PARALLEL_GROUP_COMPLETE):
+                seen.append(what.get())
+
+    async def agent(task: AgentAssignment) -> None:
+        await anyio.lowlevel.checkpoint()
+        assert what.get() == f"{task.task_id}'s"
+
+    result = await ParallelExecutor(engine=agent, observers=[Setter()]).execute_group(group_of(2))
+    assert result.all_succeeded
+    assert sorted(seen[:2]) == ["t0's", "t1's"]
+    assert seen[2:] == ["the group's"]
+    assert what.get() == "the caller's"
+
+
 @pytest.mark.proves("V1")
 async def test_an_agents_start_is_told_when_its_engine_call_starts_and_its_end_with_what_came_of_it() -> None:
     recorder = Recorder()
 
     async def agent(task: AgentAssignment) -> None:
         assert recorder.of(events.PARALLEL_AGENT_START)[-1].task_id == task.task_id
+        current_run().record_usage(Usage(input_tokens=3, output_tokens=2, cost=0.5))
         if task.task_id == "t1":
             raise ValueError("boom")
 
@@ -213,8 +242,12 @@ async def test_an_agents_start_is_told_when_its_engine_call_starts_and_its_end_w
     ]
     start, _, complete, _, error, end = (e for e in recorder.seen if e.name != events.PARALLEL_PROGRESS_UPDATE)
     assert start.fields == {"agent_count": 2, "max_concurrency": 1, "fail_fast": False}
-    assert (complete.agent_id, complete.fields) == ("a0", {"success": True})
-    assert (error.agent_id, error.fields) == ("a1", {"error": "ValueError: boom"})
+    spent = {"input_tokens": 3, "output_tokens": 2, "cost": 0.5}
+    assert complete.agent_id == "a0"
+    assert complete.fields.items() >= {"success": True, "status": "succeeded", **spent}.items()
+    assert error.agent_id == "a1"
+    assert error.fields.items() >= {"error": "ValueError: boom", "status": "failed", **spent}.items()
+    assert all(ended.fields["duration_seconds"] >= 0 for ended in (complete, error))
     assert (end.fields["succeeded"], end.fields["failed"]) == (1, 1)
     assert [e.at_seconds for e in recorder.seen] == sorted(e.at_seconds for e in recorder.seen)
     assert isinstance(recorder, Observer)
@@ -241,7 +274,8 @@ async def test_text_from_outside_arrives_as_it_was_and_never_in_a_message(
     known = {value for name, value in vars(events).items() if name.startswith("PARALLEL_")}
     assert {record["message"] for record in records} <= known
     (error,) = (r["extra"] for r in records if r["message"] == events.PARALLEL_AGENT_ERROR)
-    assert error == {"group_id": text, "agent_id": text, "task_id": text, "error": f"ValueError: {text}"}
+    ids = {"group_id": text, "agent_id": text, "task_id": text}
+    assert error.items() >= {**ids, "error": f"ValueError: {text}", "error_type": "ValueError"}.items()
     (acquired,) = (r["extra"] for r in records if r["message"] == events.PARALLEL_LOCK_ACQUIRED)
     assert acquired["resource"] == f"claim {text}"
     json.dumps([r["extra"] for r in records])

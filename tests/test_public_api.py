@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "engines/openai_agents.py": {"agents"},
     "engines/pydantic_ai.py": {"pydantic_ai"},
     "engines/retry.py": {"stamina"},
+    "observers/otel.py": {"opentelemetry"},
     "testing/chat.py": {"h11"},
     "testing/locks.py": {"pytest"},
 }
@@ -140,6 +141,7 @@ def test_importing_the_package_loads_no_extra_and_no_trio() -> None:
         ("engines.openai_agents", "agents", "openai-agents"),
         ("engines.pydantic_ai", "pydantic_ai", "pydantic-ai"),
         ("engines.retry", "stamina", "retry"),
+        ("observers.otel", "opentelemetry", "otel"),
         ("testing.chat", "h11", "chat"),
     ],
 )

@@ -71,7 +71,8 @@ class ProcessEngine:
         cwd: The program's working folder; placeholders allowed. ``None`` is that of this process. In a folder that was
             made for the agent, as by ``WorktreeEngine``, it is relative to that one, and ``None`` is that one.
         env: Variables for the program, above the inherited ones; placeholders allowed in values.
-        inherit_env: Names of variables that it gets from this process, where they are set; it gets no others.
+        inherit_env: Names of variables that it gets from this process, where they are set; it gets no others. What
+            observers put into ``current_run().program_env``, such as ``TRACEPARENT``, comes besides.
         stdin: What it reads from its standard input, in UTF-8; placeholders allowed. ``None`` is an empty input.
         protocol: ``text``, or ``jsonl`` as above.
         output_limit_bytes: How much is kept of stdout, of stderr, and of messages: the end, with a line or a message in
@@ -126,7 +127,7 @@ class ProcessEngine:
         Raises:
             ValueError: It has not, or a value cannot be handed to a program; names the item and the placeholder.
         """
-        self._launch(assignment)
+        self._launch(assignment, {})
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Run the program to its end and return what came of it.
@@ -139,7 +140,7 @@ class ProcessEngine:
         """
         run = current_run()
         meter = Meter(run)
-        launch = self._launch(assignment)
+        launch = self._launch(assignment, run.program_env)
         limit = self._limits.output_limit_bytes
         stderr = Tail(limit)
         stdout = Tail(limit) if self._protocol == "text" else JsonLines(limit, run.record_usage)
@@ -178,12 +179,14 @@ class ProcessEngine:
         complaint = last_lines(stderr.text())
         return [f"{problem}: {complaint}" if complaint else problem]
 
-    def _launch(self, assignment: AgentAssignment) -> Launch:
-        inherited = {name: os.environ[name] for name in self._inherit_env if name in os.environ}
+    def _launch(self, assignment: AgentAssignment, program_env: Mapping[str, str]) -> Launch:
+        env = {name: os.environ[name] for name in self._inherit_env if name in os.environ}
+        env |= program_env
+        env |= {name: value.fill(assignment) for name, value in self._env.items()}
         return Launch(
             argv=tuple(item.fill(assignment) for item in self._command),
             cwd=_below_the_workspace(None if self._cwd is None else self._cwd.fill(assignment)),
-            env=inherited | {name: value.fill(assignment) for name, value in self._env.items()},
+            env=env,
             stdin=None if self._stdin is None else self._stdin.fill(assignment, str.encode).encode(),
         )
 
