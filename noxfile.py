@@ -5,6 +5,7 @@ Tests run against the built wheel, never against the checkout. Tools come in the
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ OUTSIDE_THE_CORE = [
     "parallel_agents/_plan_text.py",
     "parallel_agents/_plan_yaml.py",
     "parallel_agents/_report_file.py",
+    "parallel_agents/_timeline/*",
     "parallel_agents/_words.py",
     "parallel_agents/cli.py",
     "parallel_agents/plan.py",
@@ -102,6 +104,19 @@ def _group(name: str) -> list[str]:
     return list(nox.project.dependency_groups(PYPROJECT, name))
 
 
+def _install_browser(session: nox.Session) -> None:
+    """See to a Chromium for the tests of pages: Debian's where this may install it, otherwise Playwright's."""
+    if shutil.which("chromium") or shutil.which("google-chrome"):
+        return
+    if shutil.which("apt-get") and os.geteuid() == 0:
+        session.run("apt-get", "update", "-qq", external=True)
+        session.run(
+            "apt-get", "install", "-qq", "-y", "--no-install-recommends", "chromium", external=True, silent=True
+        )
+    else:
+        session.run("playwright", "install", "chromium")
+
+
 def _install_wheel(session: nox.Session, *requirements: str) -> None:
     """Install the wheel that the build session made, with *requirements* beside it, and make sure it is what runs."""
     (wheel,) = DIST.glob("*.whl")
@@ -127,6 +142,7 @@ def build(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests against the wheel, on asyncio and trio."""
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"))
+    _install_browser(session)
     session.run("pytest", *session.posargs, env=SAFE_PATH)
 
 
@@ -136,6 +152,7 @@ def no_trio(session: nox.Session) -> None:
     extras = (r for r in TESTED_EXTRAS if not r.startswith("trio"))
     _install_wheel(session, *extras, *_group("tests"))
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
+    _install_browser(session)
     session.run("pytest", "-rfE", *session.posargs, env=SAFE_PATH)
 
 
@@ -143,6 +160,7 @@ def no_trio(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """Measure branches: every one of the core, 95 % of what stands around it; with all frameworks there are."""
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"), *_group("frameworks"), *_group("coverage"))
+    _install_browser(session)
     around = ",".join(OUTSIDE_THE_CORE)
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest", *session.posargs, env=SAFE_PATH)

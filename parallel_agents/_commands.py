@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,9 @@ from ._history import print_execution, print_history
 from ._holding import refuse_overlaps
 from ._models import Budget, ClaimPolicy
 from ._report_file import STDOUT, ReportFile
+from ._timeline.page import page
+from ._timeline.svg import svg
+from ._timeline.trace import trace_json
 from ._words import ID_CHARACTERS, harmless, opening_text
 from .engines.journal import JournaledEngine
 from .journals import JournalError
@@ -293,6 +296,34 @@ def show(report: Path, /, *, execution: str | None = None) -> int:
     with _printing(sys.stdout) as console:
         print_summary(console, result)
     return SUCCEEDED if result.all_succeeded else FAILED
+
+
+@app.command
+def timeline(report: Path, /, *, output: Annotated[str, Parameter(name=["--output", "-o"])]) -> int:
+    """Draw an earlier run: who waited and ran when, what came of it, and what was spent.
+
+    Args:
+        report: A file that `run --report` wrote.
+        output: Where to: a page (`run.html`), an image (`run.svg`), or a trace for Perfetto (`run.trace.json`).
+    """
+    draw = next((function for suffix, function in _DRAWN_AS.items() if output.endswith(suffix)), None)
+    if draw is None:
+        raise _CannotGoOnError(f"--output must end with {', '.join(_DRAWN_AS)}, got {output!r}")
+    if is_journal(report):
+        raise _CannotGoOnError(f"{str(report)!r} is a journal; a timeline is drawn of what run --report writes")
+    result = serialization.read_report(report).result
+    try:
+        ReportFile(output).write(draw(result))
+    except (OSError, ValueError) as error:
+        raise _CannotGoOnError(f"the timeline cannot be written to {output!r}: {_reason(error)}", FAILED) from error
+    return SUCCEEDED
+
+
+_DRAWN_AS: Mapping[str, Callable[[ParallelExecutionResult[Any]], str]] = {
+    ".html": page,
+    ".svg": svg,
+    ".trace.json": trace_json,
+}
 
 
 def _show_execution(path: Path, name: str | None) -> int:
