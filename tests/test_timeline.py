@@ -267,6 +267,9 @@ def test_the_pointer_and_the_keys_tell_what_came_of_an_agent(opened: Any) -> Non
     assert "cost 0.25" in shown.told()
     assert shown.page.get_attribute("#list", "aria-activedescendant") == "row-2"
     assert shown.page.get_attribute("#row-2", "aria-selected") == "true"
+    shown.page.click(".row >> nth=3")
+    assert "never started" in shown.told()
+    assert shown.page.get_attribute("#row-3", "aria-selected") == "true"
     shown.page.keyboard.press("Home")
     assert "10 tokens in, 2 out; cost 0.5" in shown.told()
 
