@@ -32,7 +32,8 @@ class RunContext:
         attempt: Which attempt this is, from 1.
         usage: What was metered so far.
         upstream: The outcomes of the tasks that this one depends on, by their ids.
-        program_env: Variables for programs that are started for this agent; what their engine sets stands above.
+        program_env: Returns variables for programs that are started for this agent; what their engine sets stands
+            above.
     """
 
     group_id: str
@@ -41,7 +42,7 @@ class RunContext:
     attempt: int = field(default=1, kw_only=True)
     usage: Usage = field(default=NO_USAGE, kw_only=True)
     upstream: Mapping[str, AgentOutcome[Any]] = field(default=NO_OUTCOMES, kw_only=True, repr=False)
-    program_env: Mapping[str, str] = field(default=MappingProxyType({}), kw_only=True, repr=False)
+    program_env: Callable[[], Mapping[str, str]] = field(default=dict, kw_only=True, repr=False)
     _usage_watchers: tuple[Callable[[Usage], object], ...] = field(default=(), init=False, repr=False)
 
     @property

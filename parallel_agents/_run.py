@@ -175,6 +175,7 @@ class GroupRun(Generic[T]):
         self._events = GroupEvents(
             group.group_id,
             settings.observers,
+            self._clock,
             self._started,
             lambda order: this._end_for_callback(order),  # noqa: PLW0108 - its bound method would be strong
         )

@@ -171,7 +171,8 @@ class GroupEvents:
     Args:
         group_id: The group.
         observers: Who is told.
-        started: The clock's time at the start of the group.
+        clock: Tells the time.
+        started: Its time at the start of the group.
         on_order: Takes an observer's order to end the program.
     """
 
@@ -179,11 +180,13 @@ class GroupEvents:
         self,
         group_id: str,
         observers: Sequence[Observer],
+        clock: Callable[[], float],
         started: float,
         on_order: Callable[[BaseException], object],
     ) -> None:
         self._group_id = group_id
         self._observers = observers
+        self._clock = clock
         self._started = started
         self._on_order = on_order
         self._logs_are_read = False
@@ -225,7 +228,7 @@ class GroupEvents:
             group_id=self._group_id,
             task_id=task_id,
             agent_id=agent_id,
-            at_seconds=anyio.current_time() - self._started,
+            at_seconds=self._clock() - self._started,
             fields=fields,
         )
         for observer in self._observers:

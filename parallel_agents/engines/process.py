@@ -72,7 +72,7 @@ class ProcessEngine:
             made for the agent, as by ``WorktreeEngine``, it is relative to that one, and ``None`` is that one.
         env: Variables for the program, above the inherited ones; placeholders allowed in values.
         inherit_env: Names of variables that it gets from this process, where they are set; it gets no others. What
-            observers put into ``current_run().program_env``, such as ``TRACEPARENT``, comes besides.
+            ``current_run().program_env()`` returns, such as ``TRACEPARENT``, comes besides.
         stdin: What it reads from its standard input, in UTF-8; placeholders allowed. ``None`` is an empty input.
         protocol: ``text``, or ``jsonl`` as above.
         output_limit_bytes: How much is kept of stdout, of stderr, and of messages: the end, with a line or a message in
@@ -140,7 +140,7 @@ class ProcessEngine:
         """
         run = current_run()
         meter = Meter(run)
-        launch = self._launch(assignment, run.program_env)
+        launch = self._launch(assignment, run.program_env())
         limit = self._limits.output_limit_bytes
         stderr = Tail(limit)
         stdout = Tail(limit) if self._protocol == "text" else JsonLines(limit, run.record_usage)

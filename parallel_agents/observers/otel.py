@@ -8,6 +8,7 @@ and metrics go is the application's choice: this module sets up no provider and 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from ..events import (
 
 try:
     from opentelemetry import context, metrics, propagate, trace
+    from opentelemetry.context import Context
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
     from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
 except ModuleNotFoundError as error:
@@ -216,10 +218,9 @@ class OpenTelemetryObserver:
             attributes=self._facts(identity, workflow, str(event.task_id)),
         )
         _agent.set(_AgentTrace(span, _group.get(), event.task_id))
-        context.attach(trace.set_span_in_context(span))
-        carrier: dict[str, str] = {}
-        propagate.inject(carrier)
-        run.program_env = {**run.program_env, **{name.upper().replace("-", "_"): carrier[name] for name in carrier}}
+        here = trace.set_span_in_context(span)
+        context.attach(here)
+        run.program_env = partial(_program_env, run.program_env, here)
 
     def _facts(self, identity: AgentIdentity, workflow: str, task_id: str) -> dict[str, str]:
         facts = {
@@ -255,7 +256,9 @@ class OpenTelemetryObserver:
 
 def _end_span(span: Span, fields: Mapping[str, Any]) -> None:
     status = fields["status"]
-    attributes: dict[str, Any] = {STATUS: status, ATTEMPTS: current_run().attempt}
+    attributes: dict[str, Any] = {STATUS: status}
+    if (attempts := current_run().attempt) > 1:
+        attributes[ATTEMPTS] = attempts
     if fields["input_tokens"] or fields["output_tokens"]:
         attributes[INPUT_TOKENS], attributes[OUTPUT_TOKENS] = fields["input_tokens"], fields["output_tokens"]
     if fields["cost"]:
@@ -266,6 +269,13 @@ def _end_span(span: Span, fields: Mapping[str, Any]) -> None:
         span.set_status(Status(StatusCode.ERROR, fields.get("error")))
     span.set_attributes(attributes)
     span.end()
+
+
+def _program_env(others: Callable[[], Mapping[str, str]], here: Context) -> dict[str, str]:
+    """Return what programs need to find the span of their agent, besides what *others* want them to have."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier, here)
+    return {**others(), **{name.upper().replace("-", "_"): value for name, value in carrier.items()}}
 
 
 def _mark(event: ParallelEvent) -> None:
