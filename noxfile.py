@@ -24,6 +24,7 @@ OUTSIDE_THE_CORE = [
     "parallel_agents/_commands.py",
     "parallel_agents/_display.py",
     "parallel_agents/_history.py",
+    "parallel_agents/_live.py",
     "parallel_agents/_plan_chat.py",
     "parallel_agents/_plan_text.py",
     "parallel_agents/_plan_yaml.py",

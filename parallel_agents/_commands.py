@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.text import Text
 
 from . import OutcomeStatus, ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
-from ._display import Display, choose_display, id_text, make_console, make_table, print_summary
+from ._display import Display, JsonDisplay, LineDisplay, id_text, make_console, make_table, print_summary
 from ._errors import InvalidPlanError, ParallelAgentsError, ParallelExecutionError
 from ._graph import dot, mermaid, tree_lines
 from ._history import print_execution, print_history
 from ._holding import refuse_overlaps
+from ._live import LiveDisplay
 from ._models import Budget, ClaimPolicy
 from ._report_file import STDOUT, ReportFile
 from ._timeline.page import page
@@ -183,7 +184,7 @@ def run(
     report_file = _report_file(report)
     if log_level is not None:
         _log_to_stderr(log_level)
-    display = choose_display(quiet=quiet, json_events=json_events)
+    display = _choose_display(quiet=quiet, json_events=json_events)
     lock = _file_lock(lock_dir)
     record = _record(journal, chosen, display, is_fresh=fresh, is_whole=not only)
     is_on_stdout = report_file is not None and report_file.is_stdout
@@ -201,6 +202,16 @@ def run(
         with _printing(sys.stderr if is_on_stdout else sys.stdout) as console:
             print_summary(console, ending.result)
     return code
+
+
+def _choose_display(*, quiet: bool, json_events: bool) -> Display:
+    """Return the display for standard error as it is."""
+    if json_events:
+        return JsonDisplay(sys.stderr)
+    if quiet:
+        return Display()
+    console = make_console(sys.stderr)
+    return LiveDisplay(console) if console.is_terminal and console.is_interactive else LineDisplay(sys.stderr)
 
 
 @app.command

@@ -55,6 +55,11 @@ class RunContext:
         """Whether the group's budget is spent: finish soon, nobody else starts."""
         return False
 
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether the agent is in a block of ``not_charged()``."""
+        return False
+
     def record_usage(self, usage: Usage) -> None:
         """Add to what this agent spent; kept in its outcome whatever becomes of the agent."""
         self.usage = self.usage + usage
@@ -109,6 +114,11 @@ class RunInAnotherThread(RunContext):
     def budget_exhausted(self) -> bool:
         """Whether the group's budget is spent."""
         return self._run.budget_exhausted
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether the agent is in a block of ``not_charged()``."""
+        return self._run.waits_for_others
 
     def record_usage(self, usage: Usage) -> None:
         """Add to what the agent spent; it arrives a moment later."""

@@ -5,18 +5,11 @@ interprets neither markup nor emoji codes. Knows values and events; knows nothin
 """
 
 import contextlib
-import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
-from attrs import frozen
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -38,13 +31,9 @@ from .events import (
     PARALLEL_AGENT_START,
     PARALLEL_AGENT_WAITING,
     PARALLEL_GROUP_START,
-    PARALLEL_PROGRESS_UPDATE,
     ParallelEvent,
 )
 from .serialization import to_json
-
-LIVE_ROWS: Final = 12
-"""Agents that the live display shows at most."""
 
 LISTED_OUTCOMES: Final = 50
 """A result with more outcomes is shown without those that succeeded."""
@@ -64,9 +53,6 @@ STYLES: Final[Mapping[OutcomeStatus, str]] = {
     OutcomeStatus.SKIPPED: "dim",
     OutcomeStatus.PARKED: "blue",
 }
-
-_STATE_COLUMNS: Final = max(len(status) for status in OutcomeStatus)
-"""Wide enough for every state, so that the live display does not jump."""
 
 
 class _Console(Console):
@@ -211,133 +197,3 @@ def _write_line(file: TextIO, text: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads any more; the agents and the report are worth more
         file.write(f"{text}\n")
         file.flush()
-
-
-@frozen
-class _Row:
-    """An agent in the live display; ``seconds`` is a clock's time until it has ended, and its duration afterwards."""
-
-    agent_id: str
-    task_id: str
-    seconds: float
-    status: OutcomeStatus | None = None
-    waits_for: str = ""
-
-
-class LiveDisplay(Display):
-    """Draws the sums, the agents that run, wait for claims, or ended last, in place, several times a second.
-
-    It is drawn by a thread of its own, so that a terminal that stands still does not hold up the agents. A terminal
-    that is gone is no error: the agents are not.
-
-    Args:
-        console: On a terminal.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._guard = threading.Lock()
-        self._group_id = ""
-        self._sums: Mapping[str, Any] = {}
-        self._running: dict[str, _Row] = {}
-        self._waiting: dict[str, _Row] = {}
-        self._ended: deque[_Row] = deque(maxlen=LIVE_ROWS)
-        self._live = Live(
-            console=console,
-            get_renderable=self.render,
-            refresh_per_second=8,
-            transient=True,
-            redirect_stdout=sys.stdout.isatty(),
-        )
-
-    def __enter__(self) -> Self:
-        with contextlib.suppress(OSError):
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):
-            self._live.stop()
-
-    def on_event(self, event: ParallelEvent, /) -> None:
-        """Take note of an agent that waits or starts, and of the sums."""
-        with self._guard:
-            if event.name == PARALLEL_PROGRESS_UPDATE:
-                self._group_id, self._sums = event.group_id, event.fields
-            elif event.name == PARALLEL_AGENT_START:
-                agent, task = str(event.agent_id), str(event.task_id)
-                self._waiting.pop(task, None)
-                self._running[task] = _Row(agent, task, time.monotonic())
-            elif event.name == PARALLEL_AGENT_WAITING:
-                agent, task = str(event.agent_id), str(event.task_id)
-                self._waiting[task] = _Row(agent, task, time.monotonic(), waits_for=waiting_text(event))
-
-    def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
-        """Take note of an agent that ended."""
-        with self._guard:
-            self._waiting.pop(outcome.task_id, None)
-            if self._running.pop(outcome.task_id, None) is not None:
-                row = _Row(outcome.agent_id, outcome.task_id, outcome.duration_seconds, outcome.status)
-                self._ended.append(row)
-
-    def say(self, text: str) -> None:
-        """Print a line above the live part."""
-        with contextlib.suppress(OSError):
-            self._console.print(Text(text), soft_wrap=True)
-
-    def render(self) -> RenderableType:
-        """Return what is to be drawn now."""
-        with self._guard:
-            group_id, sums = self._group_id, self._sums
-            running, ended = [*self._running.values(), *self._waiting.values()], list(self._ended)
-        if not sums:
-            return ""
-        room = max(1, min(LIVE_ROWS, self._console.height - 3))
-        shown = ended[max(0, len(ended) + len(running) - room) :] + running[:room]
-        hidden = len(running) - room
-        more = [Text(f"... and {hidden} more running or waiting", style="dim")] if hidden > 0 else []
-        return Group(_head(group_id, sums), _rows(shown, time.monotonic()), *more)
-
-
-def _rows(shown: Iterable[_Row], now: float) -> Table:
-    rows = Table.grid(padding=(0, 2, 0, 0))
-    rows.add_column(no_wrap=True, min_width=_STATE_COLUMNS)
-    rows.add_column(no_wrap=True, overflow="ellipsis")
-    rows.add_column(no_wrap=True, overflow="ellipsis")
-    rows.add_column(no_wrap=True, justify="right")
-    rows.add_column(no_wrap=True, overflow="ellipsis", style="dim")
-    for row in shown:
-        if row.status is None:
-            state = Text("waiting", style="yellow") if row.waits_for else Text("running", style="cyan")
-            seconds = now - row.seconds
-        else:
-            state, seconds = Text(status_text(row.status), style=STYLES[row.status]), row.seconds
-        rows.add_row(
-            state, id_text(row.agent_id), id_text(row.task_id), Text(duration_text(seconds)), Text(row.waits_for)
-        )
-    return rows
-
-
-def _head(group_id: str, sums: Mapping[str, Any]) -> Table:
-    told = [f"{sums['completed']}/{sums['total']}", f"{sums['succeeded']} succeeded"]
-    told += [f"{sums[name]} {name}" for name in ("failed", "parked") if sums[name]]
-    told += [f"{sums['in_progress']} running", f"{sums['pending']} waiting"]
-    head = Table.grid(padding=(0, 2, 0, 0))
-    head.add_row(
-        Text(harmless(group_id, 30), style="bold"),
-        ProgressBar(total=sums["total"], completed=sums["completed"], width=20),
-        Text(", ".join(told)),
-    )
-    return head
-
-
-def choose_display(*, quiet: bool, json_events: bool) -> Display:
-    """Return the display for standard error as it is."""
-    if json_events:
-        return JsonDisplay(sys.stderr)
-    if quiet:
-        return Display()
-    console = make_console(sys.stderr)
-    return LiveDisplay(console) if console.is_terminal and console.is_interactive else LineDisplay(sys.stderr)

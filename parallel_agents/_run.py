@@ -110,6 +110,10 @@ class EngineCall(RunContext):
     def budget_exhausted(self) -> bool:
         return self.run._is_budget_spent
 
+    @property
+    def waits_for_others(self) -> bool:
+        return self.waits > 0
+
     def record_usage(self, usage: Usage) -> None:
         RunContext.record_usage(self, usage)
         if self.run.group.budget is not None:

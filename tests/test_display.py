@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("rich")
 
-from rich.console import Console
 
 from parallel_agents import (
     AgentOutcome,
@@ -21,14 +20,13 @@ from parallel_agents import (
     TerminationReason,
     Usage,
 )
+from parallel_agents._commands import _choose_display
 from parallel_agents._display import (
     LISTED_FAILURES,
     LISTED_OUTCOMES,
     Display,
     JsonDisplay,
     LineDisplay,
-    LiveDisplay,
-    choose_display,
     make_console,
     print_summary,
 )
@@ -101,16 +99,6 @@ def progress(total: int, *, running: int = 0, succeeded: int = 0, failed: int = 
         parked=parked,
         pending=total - completed - running,
     )
-
-
-def live_console(height: int = 25, **options: Any) -> Console:
-    return Console(file=io.StringIO(), width=100, height=height, force_terminal=True, color_system=None, **options)
-
-
-def drawn(display: LiveDisplay, console: Console) -> str:
-    with console.capture() as capture:
-        console.print(display.render())
-    return capture.get()
 
 
 def steers_a_terminal(text: str) -> bool:
@@ -235,23 +223,19 @@ def test_hostile_ids_and_errors_are_harmless_in_the_table(text: str) -> None:
 
 @pytest.mark.proves("V2")
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_ids_are_harmless_in_lines_and_in_the_live_display(text: str) -> None:
+def test_hostile_ids_are_harmless_in_lines(text: str) -> None:
     start = ParallelEvent(
         name=PARALLEL_GROUP_START, group_id=text, at_seconds=0.0, fields={"agent_count": 1, "max_concurrency": 1}
     )
     agent = ParallelEvent(name=PARALLEL_AGENT_START, group_id=text, task_id=text, agent_id=text, at_seconds=0.0)
-    file, console = io.StringIO(), live_console()
-    lines, live = LineDisplay(file), LiveDisplay(console)
-    for display in (lines, live):
-        for each in (start, agent, progress(1, running=1)):
-            display.on_event(each)
-    running = drawn(live, console)
-    for display in (lines, live):
-        display.on_outcome(AgentOutcome(task_id=text, agent_id=text, error=text, started_after_seconds=0.0))
+    file = io.StringIO()
+    display = LineDisplay(file)
+    for each in (start, agent, progress(1, running=1)):
+        display.on_event(each)
+    display.on_outcome(AgentOutcome(task_id=text, agent_id=text, error=text, started_after_seconds=0.0))
     assert len(file.getvalue().splitlines()) == 3
-    for shown in (file.getvalue(), running, drawn(live, console)):
-        assert not steers_a_terminal(shown)
-        assert harmless(text, 20)[:19] in shown
+    assert not steers_a_terminal(file.getvalue())
+    assert harmless(text, 20)[:19] in file.getvalue()
 
 
 def test_lines_tell_each_start_and_each_end() -> None:
@@ -278,20 +262,9 @@ def test_lines_tell_each_start_and_each_end() -> None:
 
 
 def test_those_that_wait_for_claims_are_shown_with_what_and_whom_they_wait_for() -> None:
-    file, console = io.StringIO(), live_console()
-    lines, live = LineDisplay(file), LiveDisplay(console)
-    for display in (lines, live):
-        display.on_event(progress(2, running=1))
-        display.on_event(event(PARALLEL_AGENT_WAITING, "a", resource="path:/x/\x1b[2J", holder="agent-b"))
+    file = io.StringIO()
+    LineDisplay(file).on_event(event(PARALLEL_AGENT_WAITING, "a", resource="path:/x/\x1b[2J", holder="agent-b"))
     assert file.getvalue() == "[0/0] waiting: agent-a on task-a, for agent-b: path:/x/\\x1b[2J\n"
-    shown = drawn(live, console)
-    assert "waiting" in shown
-    assert "agent-b: path:/x/\\x1b[2J" in shown
-    live.on_event(event(PARALLEL_AGENT_START, "a"))
-    assert "agent-b" not in drawn(live, console)
-    live.on_event(event(PARALLEL_AGENT_WAITING, "c", resource="r", holder="agent-b"))
-    live.on_outcome(failed("c", started_after_seconds=None))
-    assert "agent-c" not in drawn(live, console)
 
 
 def test_each_event_is_one_line_of_json() -> None:
@@ -318,7 +291,7 @@ def test_a_reader_that_went_away_does_not_disturb_the_run(kind: type[LineDisplay
 
 
 def test_the_quiet_display_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with choose_display(quiet=True, json_events=False) as display:
+    with _choose_display(quiet=True, json_events=False) as display:
         assert type(display) is Display
         display.on_event(event(PARALLEL_AGENT_START, "a"))
         display.on_outcome(succeeded())
@@ -327,81 +300,8 @@ def test_the_quiet_display_is_silent(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_what_is_no_terminal_gets_lines() -> None:
-    assert type(choose_display(quiet=False, json_events=False)) is LineDisplay
-    assert type(choose_display(quiet=False, json_events=True)) is JsonDisplay
-
-
-def test_the_live_display_shows_who_runs_who_ended_and_the_sums() -> None:
-    console = live_console()
-    display = LiveDisplay(console)
-    assert drawn(display, console).strip() == ""
-    display.on_event(event(PARALLEL_AGENT_START, "a"))
-    display.on_event(event(PARALLEL_AGENT_START, "b"))
-    display.on_outcome(failed("b"))
-    display.on_outcome(failed("c", "Shutdown in progress", status=OutcomeStatus.REJECTED, started_after_seconds=None))
-    display.on_event(progress(7, running=1, succeeded=2, failed=1, parked=1))
-    head, *rows = [line.split() for line in drawn(display, console).splitlines()]
-    assert head[0] == "group"
-    assert " ".join(head[-11:]) == "4/7, 2 succeeded, 1 failed, 1 parked, 1 running, 2 waiting"
-    assert rows == [["failed", "agent-b", "task-b", "2.0", "s"], ["running", "agent-a", "task-a", "0.0", "s"]]
-
-
-def test_the_live_display_stays_calm_with_a_thousand_agents() -> None:
-    console = live_console(height=10)
-    display = LiveDisplay(console)
-    for number in range(1000):
-        display.on_event(event(PARALLEL_AGENT_START, str(number)))
-    display.on_event(progress(1500, running=1000))
-    lines = drawn(display, console).splitlines()
-    assert len(lines) <= 10
-    assert "agent-0 " in lines[1]
-    assert lines[-1].strip() == "... and 993 more running or waiting"
-
-
-def test_the_live_display_fills_its_rows_with_those_that_ended_last() -> None:
-    console = live_console(height=8)
-    display = LiveDisplay(console)
-    for number in range(20):
-        display.on_event(event(PARALLEL_AGENT_START, str(number)))
-    for number in range(18):
-        display.on_outcome(succeeded(str(number)))
-    display.on_event(progress(20, running=2, succeeded=18))
-    agents = [line.split()[1] for line in drawn(display, console).splitlines()[1:]]
-    assert agents == ["agent-15", "agent-16", "agent-17", "agent-18", "agent-19"]
-
-
-def test_the_live_display_shows_all_of_a_small_group() -> None:
-    console = live_console()
-    display = LiveDisplay(console)
-    for name in "abcdef":
-        display.on_event(event(PARALLEL_AGENT_START, name))
-    for name in "abc":
-        display.on_outcome(succeeded(name))
-    display.on_event(progress(6, running=3, succeeded=3))
-    agents = [line.split()[1] for line in drawn(display, console).splitlines()[1:]]
-    assert agents == [f"agent-{name}" for name in "abcdef"]
-
-
-class Terminal(io.StringIO):
-    is_gone = False
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str, /) -> int:
-        if self.is_gone:
-            raise OSError(5, "Input/output error")
-        return super().write(text)
-
-
-def test_a_terminal_that_went_away_does_not_disturb_the_run() -> None:
-    terminal = Terminal()
-    with LiveDisplay(make_console(terminal)) as display:
-        terminal.is_gone = True
-        display.say("something")
-        display.on_outcome(succeeded())
-    with LiveDisplay(make_console(terminal)):
-        pass
+    assert type(_choose_display(quiet=False, json_events=False)) is LineDisplay
+    assert type(_choose_display(quiet=False, json_events=True)) is JsonDisplay
 
 
 def test_a_console_that_nobody_reads_falls_silent() -> None:
@@ -410,16 +310,9 @@ def test_a_console_that_nobody_reads_falls_silent() -> None:
     assert console.quiet
 
 
-def test_the_live_display_draws_and_leaves_nothing_behind_but_what_was_said() -> None:
-    console = live_console()
-    with LiveDisplay(console) as display:
-        display.on_event(event(PARALLEL_AGENT_START, "a"))
-        display.on_event(progress(1, running=1))
-        display.say("Interrupted [/] {}")
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    assert "Interrupted [/] {}" in file.getvalue()
-    assert "\x1b[?25h" in file.getvalue()  # the cursor is there again
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

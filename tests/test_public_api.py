@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "_display.py": {"rich"},
     "_history.py": {"rich"},
     "_json_schema.py": {"docstring_parser", "jsonschema", "pydantic", "pydantic_core", "referencing"},
+    "_live.py": {"rich"},
     "_plan_yaml.py": {"yaml"},
     "engines/_asyncio_thread.py": {"asyncio", "sniffio", "trio"},
     "engines/_chat_client.py": {"httpx2"},
