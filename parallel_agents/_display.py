@@ -5,7 +5,7 @@ interprets neither markup nor emoji codes. Knows values and events; knows nothin
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
@@ -27,6 +27,7 @@ from ._words import (
     waiting_text,
 )
 from .events import (
+    _LEVELS,
     PARALLEL_AGENT_RESUMED,
     PARALLEL_AGENT_START,
     PARALLEL_AGENT_WAITING,
@@ -116,6 +117,9 @@ class Display:
     A display is entered for the length of a run, observes its events, and is told each outcome.
     """
 
+    event_names: Collection[str] = frozenset()
+    """What it wants to be told of."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -141,6 +145,8 @@ class JsonDisplay(Display):
         file: Where to.
     """
 
+    event_names = frozenset(_LEVELS)
+
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
@@ -155,6 +161,10 @@ class LineDisplay(Display):
     Args:
         file: Where to.
     """
+
+    event_names = frozenset(
+        {PARALLEL_GROUP_START, PARALLEL_AGENT_START, PARALLEL_AGENT_WAITING, PARALLEL_AGENT_RESUMED}
+    )
 
     def __init__(self, file: TextIO) -> None:
         self._file = file

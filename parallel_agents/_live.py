@@ -8,8 +8,8 @@ import contextlib
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -33,7 +33,7 @@ from .events import (
     PARALLEL_AGENT_RETRY,
     PARALLEL_AGENT_START,
     PARALLEL_AGENT_WAITING,
-    PARALLEL_PROGRESS_UPDATE,
+    PARALLEL_GROUP_START,
     TOOL_INVOKE_ERROR,
     TOOL_INVOKE_START,
     TOOL_INVOKE_SUCCESS,
@@ -52,7 +52,9 @@ _SUMS: Final = 3
 _STATE_COLUMNS: Final = max(len(status) for status in OutcomeStatus)
 """Wide enough for every state, so that nothing jumps."""
 
-_ENDS: Final = (PARALLEL_AGENT_COMPLETE, PARALLEL_AGENT_ERROR, PARALLEL_AGENT_CANCELLED)
+_ENDS: Final = frozenset({PARALLEL_AGENT_COMPLETE, PARALLEL_AGENT_ERROR, PARALLEL_AGENT_CANCELLED})
+_RETRIES: Final = frozenset({PARALLEL_AGENT_RETRY, CHAT_REQUEST_RETRY})
+_TOOLS: Final = frozenset({TOOL_INVOKE_START, TOOL_INVOKE_SUCCESS, TOOL_INVOKE_ERROR})
 
 
 @define(eq=False)
@@ -101,13 +103,16 @@ class LiveDisplay(Display):
         clock: Tells the time in seconds.
     """
 
+    event_names = _ENDS | _RETRIES | _TOOLS | {PARALLEL_GROUP_START, PARALLEL_AGENT_START, PARALLEL_AGENT_WAITING}
+
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._guard = threading.Lock()
         self._started = clock()
         self._group_id = ""
-        self._counts: Mapping[str, Any] = {}
+        self._total = 0
+        self._counts: Counter[OutcomeStatus] = Counter()
         self._agents: dict[str | None, _Agent] = {}
         self._ended: deque[_Agent] = deque(maxlen=ROWS)
         self._tokens = 0
@@ -116,7 +121,7 @@ class LiveDisplay(Display):
         self._live = Live(
             console=console,
             get_renderable=self.render,
-            refresh_per_second=8,
+            refresh_per_second=4,
             transient=True,
             redirect_stdout=sys.stdout.isatty(),
         )
@@ -135,17 +140,17 @@ class LiveDisplay(Display):
     def on_event(self, event: ParallelEvent, /) -> None:
         """Take note of what an agent does, and of the counts."""
         with self._guard:
-            if event.name == PARALLEL_PROGRESS_UPDATE:
-                self._group_id, self._counts = event.group_id, event.fields
-            elif event.name == PARALLEL_AGENT_START:
+            if event.name == PARALLEL_AGENT_START:
                 agent = self._agent(event)
                 agent.run, agent.doing = current_run(), ""
             elif event.name in _ENDS:
                 self._end(event)
             elif event.name == PARALLEL_AGENT_WAITING:
                 self._agent(event).doing = f"for {waiting_text(event)}"
+            elif event.name == PARALLEL_GROUP_START:
+                self._group_id, self._total = event.group_id, event.fields["agent_count"] or 0
             elif (agent_that_runs := self._agents.get(event.task_id)) is not None:
-                agent_that_runs.doing = _doing(event, agent_that_runs.doing)
+                agent_that_runs.doing = _doing(event)
 
     def _agent(self, event: ParallelEvent) -> _Agent:
         """Return the agent that an event is about, which begins something new."""
@@ -161,7 +166,9 @@ class LiveDisplay(Display):
         self._cost += fields["cost"]
         agent = self._agents[event.task_id]
         agent.seconds = fields["duration_seconds"]
-        self._leave(event.task_id, OutcomeStatus(fields["status"]), fields.get("error"))
+        status = OutcomeStatus(fields["status"])
+        self._counts[status] += 1
+        self._leave(event.task_id, status, fields.get("error"))
 
     def _leave(self, task_id: str | None, status: OutcomeStatus, error: str | None) -> None:
         """Take an agent out of those that wait or run."""
@@ -173,8 +180,10 @@ class LiveDisplay(Display):
     def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
         """Take note of an agent that gave up waiting; of all others an event tells."""
         with self._guard:
-            if outcome.started_after_seconds is None and outcome.task_id in self._agents:
-                self._leave(outcome.task_id, outcome.status, outcome.error)
+            if outcome.started_after_seconds is None:
+                self._counts[outcome.status] += 1
+                if outcome.task_id in self._agents:
+                    self._leave(outcome.task_id, outcome.status, outcome.error)
 
     def say(self, text: str) -> None:
         """Print a line above the live part."""
@@ -186,32 +195,37 @@ class LiveDisplay(Display):
         now = self._clock()
         room = max(1, min(ROWS, self._console.height - _SUMS - 2))
         with self._guard:
-            group_id, counts = self._group_id, self._counts
+            counts, running = self._counts.copy(), sum(agent.run is not None for agent in self._agents.values())
             self._rows = _chosen(self._rows, self._agents.values(), self._ended, room, now)
             shown = tuple(self._rows)
             tokens = self._tokens + sum(agent.tokens for agent in self._agents.values())
             cost = self._cost + sum(agent.usage.cost for agent in self._agents.values())
             hidden = len(self._agents) - sum(agent.status is None for agent in shown)
-        if not counts:
+        if not self._total:
             return ""
         width = self._console.width
         more = [Text(f"... and {hidden} more running or waiting", style="dim")] if hidden > 0 else []
         spent = spent_text(Usage(output_tokens=tokens, cost=cost))
-        sums = _sums(group_id, counts, spent, now - self._started, width)
-        return Group(*sums, _table(shown, now, width), *more)
+        completed = counts.total()
+        states = [f"{counts[status]} {status_text(status)}" for status in OutcomeStatus if counts[status]]
+        states += [f"{running} running", f"{self._total - completed - running} waiting"]
+        pace = [duration_text(now - self._started), *_pace(completed, self._total, now - self._started)]
+        return Group(
+            _head(self._group_id, completed, self._total, width),
+            _one_line(", ".join(states)),
+            _one_line(", ".join([*pace, spent] if spent else pace)),
+            _table(shown, now, width),
+            *more,
+        )
 
 
-def _doing(event: ParallelEvent, before: str) -> str:
+def _doing(event: ParallelEvent) -> str:
     """Return what an agent does after an event."""
-    fields = event.fields
-    if event.name in (PARALLEL_AGENT_RETRY, CHAT_REQUEST_RETRY):
-        text = f"tries again in {duration_text(fields['wait_seconds'])}: {fields['error']}"
+    text = ""
+    if event.name in _RETRIES:
+        text = f"tries again in {duration_text(event.fields['wait_seconds'])}: {event.fields['error']}"
     elif event.name == TOOL_INVOKE_START:
-        text = f"calls {fields['tool']}"
-    elif event.name in (TOOL_INVOKE_SUCCESS, TOOL_INVOKE_ERROR):
-        text = ""
-    else:
-        return before
+        text = f"calls {event.fields['tool']}"
     return harmless(" ".join(text.split()), 200)
 
 
@@ -315,20 +329,13 @@ def _table(shown: Iterable[_Agent], now: float, width: int) -> Table:
     return table
 
 
-def _sums(group_id: str, counts: Mapping[str, Any], spent: str, seconds: float, width: int) -> list[RenderableType]:
-    """Return the lines on top: how far it is, how many are in which state, and how fast and how dear it goes."""
-    total, completed = counts["total"], counts["completed"]
+def _head(group_id: str, completed: int, total: int, width: int) -> Table:
     head = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(3):
         head.add_column(no_wrap=True, overflow="ellipsis")
     name = Text(harmless(group_id, ID_CHARACTERS if width >= 80 else 20), style="bold")
     head.add_row(name, ProgressBar(total=total, completed=completed, width=min(30, width // 4)), f"{completed}/{total}")
-    states = [f"{counts[name]} {name}" for name in ("succeeded", "failed", "parked") if counts[name]]
-    states += [f"{counts['in_progress']} running", f"{counts['pending']} waiting"]
-    pace = [duration_text(seconds), *_pace(completed, total, seconds)]
-    if spent:
-        pace.append(spent)
-    return [head, _one_line(", ".join(states)), _one_line(", ".join(pace))]
+    return head
 
 
 def _pace(completed: int, total: int, seconds: float) -> list[str]:

@@ -986,10 +986,14 @@ class GroupRun(Generic[T]):
             self._tell_progress()
 
     def _tell_progress(self) -> None:
+        callback = self._settings.progress_callback
+        is_wanted = self._events.is_wanted(PARALLEL_PROGRESS_UPDATE)
+        if callback is None and not is_wanted:
+            return
         progress = self.progress
-        if self._settings.progress_callback is not None:
-            call_quietly(self._settings.progress_callback, progress, self._end_for_callback)
-        if self._events.are_heard:
+        if callback is not None:
+            call_quietly(callback, progress, self._end_for_callback)
+        if is_wanted:
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,
                 total=progress.total,

@@ -127,6 +127,9 @@ class Observer(Protocol):
     It is told of an agent's start and end in that agent's own copy of the context variables, in which ``current_run()``
     works, and of the group's in the copy from which those of the agents are made: what an observer sets there is seen
     by what runs below, and by nothing else.
+
+    An observer that has an attribute ``event_names``, a set of this module's constants, is told of those alone; events
+    that nobody wants are not even made.
     """
 
     def on_event(self, event: ParallelEvent, /) -> None:
@@ -185,12 +188,18 @@ class GroupEvents:
         on_order: Callable[[BaseException], object],
     ) -> None:
         self._group_id = group_id
-        self._observers = observers
+        wanted = [(observer, getattr(observer, "event_names", _LEVELS)) for observer in observers]
+        names = frozenset().union(*(names for _, names in wanted))
+        self._observers = {name: tuple(o for o, of_its in wanted if name in of_its) for name in names}
         self._clock = clock
         self._started = started
         self._on_order = on_order
         self._logs_are_read = False
-        self.are_heard = bool(observers)
+        self.are_heard = bool(names)
+
+    def is_wanted(self, name: str) -> bool:
+        """Whether anybody is told of such an event."""
+        return self._logs_are_read or name in self._observers
 
     def start(self, **fields: Any) -> None:
         """Tell that the group starts, and find out whether anybody reads the log."""
@@ -221,7 +230,8 @@ class GroupEvents:
         return ""
 
     def _tell_observers(self, name: str, task_id: str | None, agent_id: str | None, fields: Mapping[str, Any]) -> None:
-        if not self._observers:
+        observers = self._observers.get(name)
+        if observers is None:
             return
         event = ParallelEvent(
             name=name,
@@ -231,5 +241,5 @@ class GroupEvents:
             at_seconds=self._clock() - self._started,
             fields=fields,
         )
-        for observer in self._observers:
+        for observer in observers:
             call_quietly(observer.on_event, event, self._on_order)

@@ -196,6 +196,21 @@ async def test_several_orders_to_end_are_one_that_is_raised_and_a_count() -> Non
     assert suppressed.fields["exception_count"] == 2
 
 
+async def test_an_observer_that_names_what_it_wants_is_told_of_nothing_else() -> None:
+    class Picky(Recorder):
+        event_names = frozenset({events.PARALLEL_AGENT_COMPLETE})
+
+    class Deaf(Recorder):
+        event_names: frozenset[str] = frozenset()
+
+    everything, picky, deaf = Recorder(), Picky(), Deaf()
+    await ParallelExecutor(engine=fine, observers=[everything, picky, deaf]).execute_group(group_of(2))
+    assert [event.name for event in picky.seen] == [events.PARALLEL_AGENT_COMPLETE] * 2
+    assert picky.seen == everything.of(events.PARALLEL_AGENT_COMPLETE)
+    assert everything.of(events.PARALLEL_PROGRESS_UPDATE)
+    assert deaf.seen == []
+
+
 async def test_an_observer_is_told_in_the_context_of_what_it_is_about() -> None:
     what: ContextVar[str] = ContextVar("what", default="the caller's")
     seen: list[str] = []

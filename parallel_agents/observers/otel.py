@@ -20,12 +20,21 @@ from .._context import current_run
 from .._models import AgentIdentity
 from .._outcomes import OutcomeStatus
 from ..events import (
+    ASYNCIO_AGENT_LEFT,
+    CHAT_REQUEST_RETRY,
     PARALLEL_AGENT_CANCELLED,
     PARALLEL_AGENT_COMPLETE,
     PARALLEL_AGENT_ERROR,
+    PARALLEL_AGENT_RESUMED,
+    PARALLEL_AGENT_RETRY,
     PARALLEL_AGENT_START,
     PARALLEL_GROUP_COMPLETE,
     PARALLEL_GROUP_START,
+    TOOL_INVOKE_ALL_COMPLETE,
+    TOOL_INVOKE_ALL_START,
+    TOOL_INVOKE_ERROR,
+    TOOL_INVOKE_START,
+    TOOL_INVOKE_SUCCESS,
     ParallelEvent,
 )
 
@@ -59,6 +68,23 @@ COST: Final = "parallel_agents.cost"
 
 NOT_STARTED: Final = "not_started"
 """Stands for the status of agents that never started: events tell their number only."""
+
+_MARKS: Final = frozenset(
+    {
+        ASYNCIO_AGENT_LEFT,
+        CHAT_REQUEST_RETRY,
+        PARALLEL_AGENT_RESUMED,
+        PARALLEL_AGENT_RETRY,
+        TOOL_INVOKE_ALL_COMPLETE,
+        TOOL_INVOKE_ALL_START,
+        TOOL_INVOKE_ERROR,
+        TOOL_INVOKE_START,
+        TOOL_INVOKE_SUCCESS,
+    }
+)
+"""What becomes an event of the agent's span."""
+
+_ENDS: Final = frozenset({PARALLEL_AGENT_COMPLETE, PARALLEL_AGENT_ERROR, PARALLEL_AGENT_CANCELLED})
 
 _WELL: Final = frozenset({OutcomeStatus.SUCCEEDED.value, OutcomeStatus.PARKED.value})
 _GROUP_IS_WELL: Final = frozenset({"completed", "enough"})
@@ -123,6 +149,9 @@ class OpenTelemetryObserver:
         TypeError: For a name that is no string.
     """
 
+    event_names: Final = _MARKS | _ENDS | {PARALLEL_GROUP_START, PARALLEL_GROUP_COMPLETE, PARALLEL_AGENT_START}
+    """What it wants to be told of."""
+
     def __init__(
         self,
         *,
@@ -171,13 +200,13 @@ class OpenTelemetryObserver:
         """Start, mark or end a span, and count."""
         if event.name == PARALLEL_AGENT_START:
             self._start_agent(event)
-        elif event.name in (PARALLEL_AGENT_COMPLETE, PARALLEL_AGENT_ERROR, PARALLEL_AGENT_CANCELLED):
+        elif event.name in _ENDS:
             self._end_agent(event)
         elif event.name == PARALLEL_GROUP_START:
             self._start_group(event)
         elif event.name == PARALLEL_GROUP_COMPLETE:
             self._end_group(event)
-        elif event.task_id is not None:
+        else:
             _mark(event)
 
     def _workflow(self, event: ParallelEvent) -> str:
