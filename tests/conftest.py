@@ -1,31 +1,30 @@
-"""Every async test runs on asyncio and on trio; what only virtual time can show runs on trio's."""
+"""Every async test runs on asyncio and on trio; those marked ``virtual_time`` do so in virtual time."""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "asyncio": ("asyncio", {"debug": True}),
-    "trio": ("trio", {}),
+from parallel_agents.testing import virtual_time
+
+BACKENDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
+    "asyncio": lambda: ("asyncio", {"debug": True}),
+    "trio": lambda: ("trio", {}),
+    "asyncio-virtual": lambda: virtual_time("asyncio"),
+    "trio-virtual": lambda: virtual_time("trio"),
 }
 
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """The backends of every test marked ``anyio``; ``trio-virtual`` has a clock that jumps instead of sleeping."""
-    if request.param == "asyncio":
-        return BACKENDS["asyncio"]
-    pytest.importorskip("trio")
-    if request.param == "trio":
-        return BACKENDS["trio"]
-    from trio.testing import MockClock  # noqa: PLC0415 - one session of the checks runs without it
-
-    return "trio", {"clock": MockClock(autojump_threshold=0)}
+    """The backends of every test marked ``anyio``; ``virtual`` ones have a clock that jumps instead of sleeping."""
+    if request.param.startswith("trio"):
+        pytest.importorskip("trio")
+    return BACKENDS[request.param]()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from each_step import cancel_at_each_step
 from groups import group_of
 
 from parallel_agents import (
@@ -35,6 +34,7 @@ from parallel_agents import (
 )
 from parallel_agents.engines.asyncio import AsyncioEngine
 from parallel_agents.events import ASYNCIO_AGENT_LEFT, PARALLEL_AGENT_RETRY
+from parallel_agents.testing import cancel_at_every_checkpoint
 
 pytestmark = pytest.mark.anyio
 
@@ -554,7 +554,7 @@ def test_cancelled_at_every_step_no_agent_is_left_over() -> None:
     ended: list[str] = []
     cleaned_up: list[str] = []
     steps: list[tuple[int, int]] = []
-    assert cancel_at_each_step("asyncio", program, nobody_runs) > 10
+    assert cancel_at_every_checkpoint(program, check=nobody_runs, backend="asyncio") > 10
     assert running == 0
     assert (2, 2) in steps  # both that ran were cancelled and cleaned up
     assert all(cleaned <= over for over, cleaned in steps)

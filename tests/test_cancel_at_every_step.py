@@ -12,7 +12,6 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-import stepping
 from attrs import define, field
 
 from parallel_agents import (
@@ -28,8 +27,12 @@ from parallel_agents import (
     Task,
 )
 from parallel_agents._run import GroupRun
+from parallel_agents.testing.stepping import Backend, installed_backends, run_in_virtual_time
 
 Behaviour = Callable[[AgentAssignment], Awaitable[object]]
+
+KINDS = [("asyncio", "native"), *((backend, "scope") for backend in installed_backends())]
+"""Where the caller is cancelled, and how: its task natively, or a scope around it."""
 
 
 async def quick(assignment: AgentAssignment) -> object:
@@ -169,7 +172,7 @@ class Injection:
             self.act()
 
 
-def run_scenario(backend: str, scenario: Scenario, injection: Injection, kind: str, seed: int | None) -> None:
+def run_scenario(backend: Backend, scenario: Scenario, injection: Injection, kind: str, seed: int | None) -> None:
     lock = InMemoryResourceLock()
     runs: list[GroupRun[Any]] = []
     swallowed = False
@@ -204,7 +207,7 @@ def run_scenario(backend: str, scenario: Scenario, injection: Injection, kind: s
             scenario.is_over = True
             injection.act = None
 
-    stepping.run(backend, observed, seed=seed, on_step=injection.on_step)
+    run_in_virtual_time(observed, backend, seed=seed, on_step=injection.on_step)
     assert not swallowed, "the caller's cancellation was swallowed"
     assert {held.holder for held in lock.statistics().held} <= {"outsider"}
     assert not lock.statistics().waiting
@@ -251,9 +254,9 @@ def check_progress(snapshots: list[ParallelProgress]) -> None:
 @pytest.mark.proves("X1", "X4", "X5", "X8", "X9", "X10", "X11", "L4", "P1", "P2")
 @pytest.mark.parametrize("seed", [None, 1, 2])
 @pytest.mark.parametrize("name", list(scenarios()))
-@pytest.mark.parametrize(("backend", "kind"), [("asyncio", "scope"), ("asyncio", "native"), ("trio", "scope")])
+@pytest.mark.parametrize(("backend", "kind"), KINDS)
 def test_nothing_is_left_undone_when_the_caller_is_cancelled_at_any_step(
-    backend: str, kind: str, name: str, seed: int | None
+    backend: Backend, kind: str, name: str, seed: int | None
 ) -> None:
     make = scenarios()[name]
     undisturbed = Injection(None)
@@ -269,7 +272,7 @@ def test_nothing_is_left_undone_when_the_caller_is_cancelled_at_any_step(
         assert injection.happened
 
 
-def run_stream(backend: str, scenario: Scenario, injection: Injection, kind: str, seed: int | None) -> int:
+def run_stream(backend: Backend, scenario: Scenario, injection: Injection, kind: str, seed: int | None) -> int:
     """Run the assignments of a scenario as a stream; return how many outcomes were taken."""
     lock = InMemoryResourceLock()
     taken = 0
@@ -300,7 +303,7 @@ def run_stream(backend: str, scenario: Scenario, injection: Injection, kind: str
             scenario.is_over = True
             injection.act = None
 
-    stepping.run(backend, observed, seed=seed, on_step=injection.on_step)
+    run_in_virtual_time(observed, backend, seed=seed, on_step=injection.on_step)
     assert not swallowed, "the caller's cancellation was swallowed"
     assert not lock.statistics().held
     assert sorted(scenario.started) == sorted(scenario.closed)
@@ -311,9 +314,9 @@ def run_stream(backend: str, scenario: Scenario, injection: Injection, kind: str
 
 @pytest.mark.proves("X5", "X8", "X11", "L4")
 @pytest.mark.parametrize("seed", [None, 1, 2])
-@pytest.mark.parametrize(("backend", "kind"), [("asyncio", "scope"), ("asyncio", "native"), ("trio", "scope")])
+@pytest.mark.parametrize(("backend", "kind"), KINDS)
 def test_nothing_of_a_stream_is_left_undone_when_its_caller_is_cancelled_at_any_step(
-    backend: str, kind: str, seed: int | None
+    backend: Backend, kind: str, seed: int | None
 ) -> None:
     def make() -> Scenario:
         return Scenario((quick, sleeps_one_second) * 3, claims=True)
@@ -331,16 +334,16 @@ def test_nothing_of_a_stream_is_left_undone_when_its_caller_is_cancelled_at_any_
 
 
 @pytest.mark.proves("X4")
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_no_agent_starts_after_the_first_failure_in_any_order_of_events(backend: str) -> None:
+@pytest.mark.parametrize("backend", installed_backends())
+def test_no_agent_starts_after_the_first_failure_in_any_order_of_events(backend: Backend) -> None:
     for seed in range(100):
         scenario = Scenario((sleeps_one_second, fails_after_one_second) * 4, {"max_concurrency": 2, "fail_fast": True})
         run_scenario(backend, scenario, Injection(None), "scope", seed)
         assert len(scenario.started) == scenario.failed_at[0]
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_one_seed_gives_one_order(backend: str) -> None:
+@pytest.mark.parametrize("backend", installed_backends())
+def test_one_seed_gives_one_order(backend: Backend) -> None:
     def order(seed: int) -> list[str]:
         scenario = scenarios()["plain"]()
         run_scenario(backend, scenario, Injection(None), "scope", seed)

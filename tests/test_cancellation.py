@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from clocks import virtual_time
 from groups import assignment, group_of
 
 from parallel_agents import (
@@ -22,8 +23,6 @@ from parallel_agents import (
 from parallel_agents.events import PARALLEL_AGENT_START
 
 pytestmark = pytest.mark.anyio
-
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 
 async def run(function: Any, group: Any, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from each_step import cancel_at_each_step
+from clocks import virtual_time
 from groups import group_of
 
 from parallel_agents import (
@@ -24,10 +24,9 @@ from parallel_agents import (
 )
 from parallel_agents.engines.fallback import FallbackEngine
 from parallel_agents.engines.idle_timeout import IdleTimeoutEngine
+from parallel_agents.testing import cancel_at_every_checkpoint
 
 pytestmark = pytest.mark.anyio
-
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 
 class Says:
@@ -149,8 +148,7 @@ async def test_engines_refuse_what_any_of_theirs_refuses() -> None:
     assert repr(FallbackEngine(says, says)) == "FallbackEngine(Says(), Says())"
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_cancelled_agent_gets_no_other_engine_whenever_it_is_cancelled(backend: str) -> None:
+def test_a_cancelled_agent_gets_no_other_engine_whenever_it_is_cancelled() -> None:
     cancelled: list[str] = []
 
     async def first(_task: AgentAssignment) -> None:
@@ -171,7 +169,7 @@ def test_a_cancelled_agent_gets_no_other_engine_whenever_it_is_cancelled(backend
         result = await ParallelExecutor(engine=engine).execute_group(group_of(1))
         assert result.all_succeeded
 
-    assert cancel_at_each_step(backend, program, lambda: None) > 3
+    assert cancel_at_every_checkpoint(program) > 3
 
 
 @virtual_time

@@ -7,6 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from anyio import wait_all_tasks_blocked
+from clocks import virtual_time
 from groups import assignment, group_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,6 @@ from parallel_agents.events import PARALLEL_GROUP_COMPLETE
 
 pytestmark = pytest.mark.anyio
 
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 SUCCEEDED, FAILED, SKIPPED = OutcomeStatus.SUCCEEDED, OutcomeStatus.FAILED, OutcomeStatus.SKIPPED
 CANCELLED, TIMED_OUT = OutcomeStatus.CANCELLED, OutcomeStatus.TIMED_OUT
 

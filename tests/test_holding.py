@@ -7,6 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from attrs import define, field
+from clocks import virtual_time
 from groups import assignment, group_of
 
 from parallel_agents import (
@@ -24,8 +25,6 @@ from parallel_agents import (
 from parallel_agents.locks.memory import MemoryLease
 
 pytestmark = pytest.mark.anyio
-
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 
 def claiming(*claims: tuple[str | ResourceClaim, ...], **options: Any) -> ParallelExecutionGroup:

@@ -15,7 +15,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from attrs import evolve, frozen
-from each_step import cancel_at_each_step
 from groups import assignment, group_of
 
 from parallel_agents import (
@@ -43,6 +42,7 @@ from parallel_agents.journals import Ending, Entry, JournalError, Step
 from parallel_agents.journals import _sqlite_store as store
 from parallel_agents.journals._reading import is_in_use
 from parallel_agents.journals.sqlite import SqliteJournal, read_journal
+from parallel_agents.testing import cancel_at_every_checkpoint
 
 pytestmark = pytest.mark.anyio
 
@@ -431,8 +431,7 @@ async def test_a_disk_that_does_not_answer_does_not_hold_up_a_result_for_ever(
     assert "has not been written for 0.01 s" in str(result.outcomes[0].error)
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_cancellation_at_any_step_loses_nothing_that_succeeded(backend: str) -> None:
+def test_a_cancellation_at_any_step_loses_nothing_that_succeeded() -> None:
     class Memory:
         """A journal whose durability takes one step."""
 
@@ -468,7 +467,7 @@ def test_a_cancellation_at_any_step_loses_nothing_that_succeeded(backend: str) -
         if journals:
             assert len(journals[0].endings) == len(succeeded)
 
-    assert cancel_at_each_step(backend, program, check) > 3
+    assert cancel_at_every_checkpoint(program, check=check) > 3
 
 
 # Journals of every version, as `sqlite3 FILE .dump` prints them; made by an execution "old" of version "1"

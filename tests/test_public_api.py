@@ -32,7 +32,11 @@ MAY_IMPORT = {
     "engines/retry.py": {"stamina"},
     "observers/otel.py": {"opentelemetry"},
     "testing/chat.py": {"h11"},
+    "testing/engines.py": {"pytest"},
+    "testing/journals.py": {"pytest"},
     "testing/locks.py": {"pytest"},
+    "testing/plugin.py": {"pytest"},
+    "testing/stepping.py": {"asyncio", "trio"},
 }
 """What each module may import besides the standard library and the core's own requirements; asyncio is for few, too."""
 

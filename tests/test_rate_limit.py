@@ -8,9 +8,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-import stepping
 from attrs import define, field
-from each_step import cancel_at_each_step
+from clocks import stall_for, virtual_time
 from groups import assignment, group_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,11 +34,12 @@ from parallel_agents import (
 )
 from parallel_agents.engines.rate_limit import KEYS_KEPT_AT_LEAST, RateLimit, RateLimitedEngine
 from parallel_agents.engines.retry import RetryEngine, RetryPolicy
+from parallel_agents.testing import cancel_at_every_checkpoint
+from parallel_agents.testing.stepping import Backend, installed_backends, run_in_virtual_time
 
 pytestmark = pytest.mark.anyio
 
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
-both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+both_backends = pytest.mark.parametrize("backend", installed_backends())
 
 Agent = Callable[[AgentAssignment], Awaitable[Any]]
 
@@ -77,10 +77,6 @@ async def run(agent: Agent, *limits: RateLimit, count: int = 1, **options: Any) 
         return await executor.execute_group(group_of(count, **options))
 
 
-def in_virtual_time(backend: str, program: Callable[[], Awaitable[Any]]) -> Any:
-    return stepping.run(backend, program, seed=None, on_step=lambda step: None)
-
-
 def spends(usage: Usage) -> Agent:
     async def agent(task: AgentAssignment) -> AgentRunResult[None]:
         return AgentRunResult(
@@ -112,13 +108,13 @@ async def test_a_burst_starts_at_once_after_a_pause_and_not_more() -> None:
 
 
 @both_backends
-def test_a_saturated_limit_is_used_within_one_per_cent(backend: str) -> None:
+def test_a_saturated_limit_is_used_within_one_per_cent(backend: Backend) -> None:
     async def program() -> float:
         before = anyio.current_time()
         await run(spends(Usage()), RateLimit(1_000, per_seconds=7), count=2_001)
         return anyio.current_time() - before
 
-    assert in_virtual_time(backend, program) == pytest.approx(14, rel=0.01)
+    assert run_in_virtual_time(program, backend) == pytest.approx(14, rel=0.01)
 
 
 def reference(arrivals: list[float], costs: list[int], rate: float, burst: float) -> list[float]:
@@ -140,7 +136,7 @@ def reference(arrivals: list[float], costs: list[int], rate: float, burst: float
     burst=st.integers(1, 4),
 )
 def test_never_is_more_granted_than_allowed_nor_later_nor_out_of_order(
-    backend: str, pauses: list[int], costs: list[int], amount: int, burst: int
+    backend: Backend, pauses: list[int], costs: list[int], amount: int, burst: int
 ) -> None:
     arrivals = [float(sum(pauses[: n + 1])) for n in range(len(pauses))]
     limit = RateLimit(amount, per_seconds=2, burst=burst, reserve=lambda a: costs[int(a.task_id[1:])])
@@ -159,7 +155,7 @@ def test_never_is_more_granted_than_allowed_nor_later_nor_out_of_order(
                 tasks.start_soon(one, number)
         return log
 
-    log = in_virtual_time(backend, program)
+    log = run_in_virtual_time(program, backend)
     starts = list(log.starts.values())
     assert list(log.starts) == [f"t{n}" for n in range(len(pauses))]
     for first in range(len(starts)):
@@ -204,7 +200,7 @@ def test_a_limit_made_outside_an_event_loop_starts_afresh_on_one_after_another()
         return log.times
 
     for backend in ("asyncio", "trio", "asyncio"):
-        assert in_virtual_time(backend, program) == [0]
+        assert run_in_virtual_time(program, backend) == [0]
 
 
 # What a call costs
@@ -302,7 +298,7 @@ async def test_what_turns_out_to_be_spent_counts_from_then_on() -> None:
 async def test_all_limits_must_let_an_agent_start() -> None:
     log = Log(spends(Usage(requests=1, input_tokens=30)))
     requests, tokens = RateLimit(1, per_seconds=1, burst=3), RateLimit(10, "tokens", per_seconds=1, burst=20)
-    await run(log, requests, tokens, count=6)
+    await run(log, requests, tokens, count=6, max_concurrency=1)
     # the first pays off 11 of its tokens before the next one starts, whose request has been saved up by then
     assert log.times == [0, 1.1, 4.1, 7.1, 10.1, 13.1]
 
@@ -521,8 +517,7 @@ async def test_a_call_that_need_not_wait_starts_without_a_checkpoint() -> None:
     assert seen == ["ran"]
 
 
-@both_backends
-def test_cancelled_at_any_step_nobody_is_left_in_line_and_no_time_is_lost(backend: str) -> None:
+def test_cancelled_at_any_step_nobody_is_left_in_line_and_no_time_is_lost() -> None:
     limit = RateLimit(1, per_seconds=1)
     starts: list[float] = []
 
@@ -533,9 +528,6 @@ def test_cancelled_at_any_step_nobody_is_left_in_line_and_no_time_is_lost(backen
     async def program() -> None:
         starts.clear()
         await run(agent, limit, count=4, each={"timeout_seconds": 0.5})
-
-    async def checked() -> None:
-        await program()
         assert starts == pytest.approx([starts[0] + n for n in range(4)])
 
     def check() -> None:
@@ -546,7 +538,7 @@ def test_cancelled_at_any_step_nobody_is_left_in_line_and_no_time_is_lost(backen
             assert cell.is_idle(anyio.current_time())
             assert cell.paid_off_at <= (starts[-1] + 1 if starts else 0) + 1e-6
 
-    assert cancel_at_each_step(backend, checked, check) > 10
+    assert cancel_at_every_checkpoint(program, check=check) > 10
 
 
 @pytest.mark.parametrize("steps_ahead", range(12))
@@ -560,7 +552,7 @@ def test_a_cancellation_in_the_instant_of_the_turn_is_not_lost_on_asyncio(steps_
         raise AssertionError("the cancellation was lost")
 
     with pytest.raises(asyncio.CancelledError):
-        in_virtual_time("asyncio", program)
+        run_in_virtual_time(program, "asyncio")
 
 
 def _later(loop: asyncio.AbstractEventLoop, steps: int, then: Callable[[], object]) -> None:
@@ -677,13 +669,12 @@ async def test_a_run_without_a_group_has_no_timeout_to_charge() -> None:
 @pytest.mark.parametrize(("stall", "together"), [(0.03, 4), (10.0, 7)])
 async def test_a_loop_that_wakes_up_late_catches_up_a_little_and_not_without_end(stall: float, together: int) -> None:
     """The sixth agent blocks the loop: then those that were due meanwhile start at once, as far as that is allowed."""
-    trio_lowlevel = pytest.importorskip("trio").lowlevel
     starts: list[float] = []
 
     async def agent(task: AgentAssignment) -> None:
         starts.append(anyio.current_time())
         if len(starts) == 6:
-            trio_lowlevel.current_clock().jump(stall)
+            stall_for(stall)
 
     engine = RateLimitedEngine(FunctionEngine(agent), RateLimit(100, per_seconds=1))
     began = anyio.current_time()

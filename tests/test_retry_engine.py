@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 import stamina
 from attrs import define, field
-from each_step import cancel_at_each_step
+from clocks import virtual_time
 from groups import group_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,10 +41,10 @@ from parallel_agents.engines import _retry_after
 from parallel_agents.engines._retry_after import retry_after_seconds
 from parallel_agents.engines.retry import RetryEngine, RetryPolicy
 from parallel_agents.events import PARALLEL_AGENT_RETRY
+from parallel_agents.testing import cancel_at_every_checkpoint
 
 pytestmark = pytest.mark.anyio
 
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 Agent = Callable[[AgentAssignment], Awaitable[Any]]
 
@@ -419,8 +419,7 @@ async def test_a_wait_can_be_cancelled() -> None:
     assert run.result.outcomes[0].status is OutcomeStatus.CANCELLED
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_cancelled_at_any_step_it_stops_and_starts_nothing_afterwards(backend: str) -> None:
+def test_cancelled_at_any_step_it_stops_and_starts_nothing_afterwards() -> None:
     running = made = 0
     runs: list[Any] = []
 
@@ -446,7 +445,7 @@ def test_cancelled_at_any_step_it_stops_and_starts_nothing_afterwards(backend: s
         assert sum(outcome.attempts for outcome in outcomes) == made
         assert {outcome.status for outcome in outcomes} <= {OutcomeStatus.CANCELLED, OutcomeStatus.FAILED}
 
-    assert cancel_at_each_step(backend, program, check) > 10
+    assert cancel_at_every_checkpoint(program, check=check) > 10
     assert made == 6
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import anyio
 import pytest
+from clocks import virtual_time
 from groups import group_of
 
 from parallel_agents import (
@@ -18,8 +19,6 @@ from parallel_agents.engines.retry import RetryEngine, RetryPolicy
 from parallel_agents.testing import Act, ScriptedEngine
 
 pytestmark = pytest.mark.anyio
-
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 
 async def result_of(engine: Any, count: int, **options: Any) -> ParallelExecutionResult[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from clocks import virtual_time
 from groups import group_of
 
 from parallel_agents import (
@@ -21,8 +22,6 @@ from parallel_agents import (
 )
 
 pytestmark = pytest.mark.anyio
-
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 
 @pytest.mark.proves("S1")

@@ -9,6 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from anyio import wait_all_tasks_blocked
+from clocks import virtual_time
 from groups import assignment
 
 from parallel_agents import (
@@ -28,8 +29,6 @@ from parallel_agents import (
 )
 
 pytestmark = pytest.mark.anyio
-
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 
 async def fine(task: AgentAssignment) -> str:

@@ -15,7 +15,7 @@ import anyio.from_thread
 import anyio.lowlevel
 import pytest
 from attrs import frozen
-from each_step import cancel_at_each_step
+from clocks import virtual_time
 from groups import group_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,10 +45,9 @@ from parallel_agents.events import (
     TOOL_INVOKE_START,
     TOOL_INVOKE_SUCCESS,
 )
+from parallel_agents.testing import cancel_at_every_checkpoint
 
 pytestmark = pytest.mark.anyio
-
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 
 
 def raw(function: Callable[..., Any], name: str = "tool", **fields: Any) -> Tool:
@@ -564,8 +563,7 @@ async def test_a_cancelled_caller_waits_for_all_calls() -> None:
     assert ended == [1, 1, 1]
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_cancelled_at_every_step_no_call_is_left_over(backend: str) -> None:
+def test_cancelled_at_every_step_no_call_is_left_over() -> None:
     running = 0
 
     async def works() -> None:
@@ -583,7 +581,7 @@ def test_cancelled_at_every_step_no_call_is_left_over(backend: str) -> None:
     def is_clean() -> None:
         assert running == 0
 
-    assert cancel_at_each_step(backend, turn, is_clean) > 5
+    assert cancel_at_every_checkpoint(turn, check=is_clean) > 5
 
 
 # Registries, schemas, values

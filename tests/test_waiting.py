@@ -8,6 +8,7 @@ import anyio.lowlevel
 import pytest
 from anyio import wait_all_tasks_blocked
 from attrs import define, field
+from clocks import virtual_time
 from groups import assignment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +40,6 @@ from parallel_agents.locks.memory import MemoryLease
 
 pytestmark = pytest.mark.anyio
 
-virtual_time = pytest.mark.parametrize("anyio_backend", [pytest.param("trio-virtual", id="trio")], indirect=True)
 WAIT = ClaimPolicy.WAIT
 
 

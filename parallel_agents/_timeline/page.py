@@ -34,7 +34,7 @@ def page(result: ParallelExecutionResult[Any]) -> str:
             for chart in picture.charts()
         ],
     }
-    template = files(__package__).joinpath("page.html").read_text("utf-8")
+    template = files("parallel_agents._timeline").joinpath("page.html").read_text("utf-8")
     title = escape(harmless(picture.group_id, 100)).encode("ascii", "xmlcharrefreplace").decode("ascii")
     before, _, rest = template.partition("@title@")
     between, _, after = rest.partition("@data@")
