@@ -11,6 +11,8 @@ import pytest
 
 from parallel_agents.testing import virtual_time
 
+pytest_plugins = ["pytester"]
+
 BACKENDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "asyncio": lambda: ("asyncio", {"debug": True}),
     "trio": lambda: ("trio", {}),

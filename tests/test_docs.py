@@ -1,6 +1,7 @@
 """The documentation tells the truth: its programs print what it says, its commands and links exist.
 
-All ``python`` blocks of a page are one program, and all its ``output`` blocks together are what that program prints.
+All ``python`` blocks of a page are one program, and all its ``output`` blocks together are what that program prints;
+or, where they define tests, one module of tests.
 """
 
 import re
@@ -12,6 +13,7 @@ from programs import BACKENDS, ROOT, run_program
 
 from parallel_agents import events
 from parallel_agents.plan import load_plan
+from parallel_agents.testing.stepping import installed_backends
 
 DOCS = ROOT / "docs"
 PAGES = [
@@ -28,16 +30,30 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
+def tests(page: Path) -> list[str]:
+    return [name for block in blocks(page, "python") for name in re.findall(r"def (test_\w+)", block)]
+
+
 def commands(page: Path) -> list[str]:
     return "".join(blocks(page, "console")).splitlines()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and not tests(page)], ids=name_of)
 def test_the_program_of_a_page_prints_what_the_page_says(page: Path, backend: str, tmp_path: Path) -> None:
     program = tmp_path / f"{page.stem}.py"
     program.write_text("\n".join(blocks(page, "python")), "utf-8")
     assert run_program(program, backend, cwd=tmp_path) == "".join(blocks(page, "output"))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if tests(page)], ids=name_of)
+def test_the_tests_of_a_page_pass(page: Path, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("\n".join(blocks(page, "python")))
+    on_what_there_is = () if "trio" in installed_backends() else ("-k", "not trio")
+    run = pytester.runpytest_subprocess("-q", "-W", "error", *on_what_there_is)
+    assert run.ret == 0, run.stdout.str()
+    passed = run.parseoutcomes()["passed"]
+    assert passed > len(tests(page))  # those of a contract are not in the page
 
 
 def test_the_plan_of_the_page_about_plans_can_be_run(tmp_path: Path) -> None:

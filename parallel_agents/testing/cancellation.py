@@ -6,10 +6,13 @@ from itertools import count
 import anyio
 from attrs import frozen
 
-from .stepping import Backend, installed_backends, run_in_virtual_time, running_clock
+from .stepping import Backend, call_after, installed_backends, run_in_virtual_time, running_clock, wake_what_hangs
 
 HANGS_AFTER = 1_000.0
 """Virtual seconds that a program may take; more, and it hangs."""
+
+STEPS_OF_CLEANUP = 100_000
+"""Steps of the scheduler that a program may take once it was cancelled; more, and it hangs."""
 
 SETTLING_SECONDS = 10.0
 """Virtual seconds between the end of a program and the look at what it left."""
@@ -44,8 +47,8 @@ def cancel_at_every_checkpoint(
         How many times it was cancelled.
 
     Raises:
-        AssertionError: If it went on for too long after a cancellation, or left tasks behind.
-        TimeoutError: If it hangs.
+        AssertionError: If it went on for too long after a cancellation, or for ever, or left tasks behind.
+        TimeoutError: If it does not end though nobody cancels it.
         BaseException: What *program* or *check* raises, with a note that names the step.
     """
     backends = installed_backends() if backend is None else (backend,)
@@ -71,12 +74,13 @@ class _Trial:
         raise AssertionError
 
     def was_cancelled_at(self, step: int) -> bool:
-        injection = _Injection(step)
+        injection = _Injection(step, self.backend)
 
         async def cancelled() -> bool:
+            call_after(2 * HANGS_AFTER, injection.give_up, self.backend)
             before = {task.id for task in anyio.get_running_tasks()}
             with anyio.fail_after(HANGS_AFTER), anyio.CancelScope() as scope:
-                injection.begin(scope, running_clock(self.backend))
+                injection.begin(scope)
                 await self.program()
             took = injection.end()
             assert took <= self.cleanup_seconds, f"it went on for {took:g} s after it was cancelled"
@@ -87,31 +91,45 @@ class _Trial:
                 self.check()
             return scope.cancel_called
 
-        was_cancelled: bool = run_in_virtual_time(
-            cancelled, self.backend, seed=self.seed, on_step=lambda _step: injection.on_step()
-        )
+        try:
+            was_cancelled: bool = run_in_virtual_time(
+                cancelled, self.backend, seed=self.seed, on_step=lambda _step: injection.on_step()
+            )
+        except BaseException:
+            if injection.found_it_hanging:
+                raise AssertionError("it hangs after it was cancelled") from None  # noqa: ASYNC104 - the loop has ended
+            raise
         return was_cancelled
 
 
 class _Injection:
-    """Cancels a scope once, at a step counted from its beginning, and tells how long ago that was."""
+    """Cancels a scope once, at a step counted from its beginning, tells how long ago that was, and ends what hangs."""
 
-    def __init__(self, at: int) -> None:
-        self.left = at
+    def __init__(self, at: int, backend: Backend) -> None:
+        self.at = at
+        self.backend: Backend = backend
+        self.steps = 0
         self.scope: anyio.CancelScope | None = None
         self.clock: Callable[[], float]
         self.cancelled_at: float | None = None
+        self.found_it_hanging = False
 
-    def begin(self, scope: anyio.CancelScope, clock: Callable[[], float]) -> None:
-        self.scope, self.clock = scope, clock
+    def begin(self, scope: anyio.CancelScope) -> None:
+        self.scope, self.clock = scope, running_clock(self.backend)
 
     def on_step(self) -> None:
         if self.scope is None:
             return
-        self.left -= 1
-        if not self.left:
+        self.steps += 1
+        if self.steps == self.at:
             self.scope.cancel()
             self.cancelled_at = self.clock()
+        elif self.steps == self.at + STEPS_OF_CLEANUP:  # on asyncio a shield is told of a cancellation at each step
+            self.give_up()
+
+    def give_up(self) -> None:
+        self.found_it_hanging = True
+        wake_what_hangs(self.backend)
 
     def end(self) -> float:
         self.scope = None

@@ -12,7 +12,7 @@ def assert_outcomes(result: ParallelExecutionResult[Any], expected: Mapping[str,
 
     A failure shows every task that is not as expected, with its error::
 
-        2 of 3 outcomes of group 'review' are not as expected:
+        2 of 3 outcomes of group 'review' not as expected:
           - api   expected succeeded
           + api   failed: ConnectionError: no route
           - docs  expected skipped
@@ -33,8 +33,7 @@ def assert_outcomes(result: ParallelExecutionResult[Any], expected: Mapping[str,
     if not wrong:
         return
     width = max(map(len, wrong))
-    are = "outcome" if len(tasks) == 1 else "outcomes"
-    lines = [f"{len(wrong)} of {len(tasks)} {are} of group {result.group_id!r} are not as expected:"]
+    lines = [f"{len(wrong)} of {len(tasks)} outcomes of group {result.group_id!r} not as expected:"]
     for task_id in wrong:
         lines.append(f"  - {task_id:<{width}}  {_wanted(wanted.get(task_id))}")
         lines.append(f"  + {task_id:<{width}}  {_found(found.get(task_id))}")

@@ -40,7 +40,7 @@ def scripted_engine() -> Iterator[Callable[..., ScriptedEngine]]:
     """Makes engines whose agents do what a script says; fails the test if one of them still runs at its end."""
     made: list[ScriptedEngine] = []
 
-    def make(script: Script | None = None) -> ScriptedEngine:
+    def make(script: "Script | None" = None) -> ScriptedEngine:
         made.append(ScriptedEngine() if script is None else ScriptedEngine(script))
         return made[-1]
 

@@ -1,7 +1,7 @@
 """Schedulers for tests: virtual time, an order that a seed decides, and a hook before each step.
 
 On trio its own clock and instruments do it, on asyncio an event loop of this module. Both reach into private names of
-the backends: the order of tasks on trio, the queue of ready callbacks on asyncio.
+the backends: the order of tasks and what they wait for on trio, the queue of ready callbacks on asyncio.
 """
 
 import asyncio  # noqa: TID251 - its event loop is what this module makes another one of
@@ -10,7 +10,7 @@ import selectors
 from collections import deque
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import anyio
 
@@ -116,6 +116,39 @@ def running_clock(backend: Backend) -> Callable[[], float]:
     import trio  # noqa: PLC0415, TID251 - whoever runs on trio has it
 
     return trio.current_time
+
+
+def call_after(seconds: float, function: Callable[[], object], backend: Backend) -> None:
+    """Call *function* from the loop that runs when *seconds* have passed, unless the loop has ended by then."""
+    if backend == "asyncio":
+        asyncio.get_running_loop().call_later(seconds, function)
+        return
+    import trio  # noqa: PLC0415, TID251 - whoever runs on trio has it
+
+    async def call() -> None:
+        await trio.sleep(seconds)
+        function()
+
+    trio.lowlevel.spawn_system_task(call)
+
+
+def wake_what_hangs(backend: Backend) -> None:
+    """Make all that waits in the loop that runs raise an exception, in shields as well."""
+    if backend == "asyncio":
+        for task in asyncio.all_tasks():
+            task.cancel()
+        return
+    import trio  # noqa: PLC0415, TID251 - whoever runs on trio has it
+
+    def hangs() -> NoReturn:
+        raise DeadlockError
+
+    scheduler: Any = trio._core._run
+    tasks = [scheduler.GLOBAL_RUN_CONTEXT.runner.main_task]
+    for task in tasks:
+        tasks.extend(child for nursery in task.child_nurseries for child in nursery.child_tasks)
+        if task._abort_func is not None:
+            task._attempt_abort(hangs)
 
 
 def installed_backends() -> tuple[Backend, ...]:
