@@ -240,7 +240,10 @@ def check(
         timeout = "-" if assignment.timeout_seconds is None else f"{assignment.timeout_seconds:g} s"
         claims = ", ".join(f"{claim.resource} ({claim.mode})" for claim in assignment.resource_claims)
         table.add_row(
-            id_text(assignment.agent_id), id_text(assignment.task_id), Text(timeout), Text(harmless(claims or "-", 200))
+            id_text(assignment.agent_id),
+            id_text(assignment.task_id),
+            Text(timeout),
+            Text(harmless(claims or "-", 200), no_wrap=True),
         )
     opening = opening_text(group.group_id, len(group.assignments), group.max_concurrency)
     with _printing(sys.stdout) as console:

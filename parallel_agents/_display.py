@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -71,10 +71,15 @@ def make_console(file: TextIO) -> Console:
 
 
 def make_table(*columns: str) -> Table:
-    """Return a table with a row per line; text that does not fit is cut, last in the first columns."""
+    """Return a table whose cells are lines; the last column gives way to the others before their text is cut.
+
+    Texts in the last column must not wrap by themselves: rich narrows only columns that could wrap.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True, overflow="ellipsis", justify="right" if column == "time" else "left")
+        is_last = column is columns[-1]
+        justify: JustifyMethod = "right" if column == "time" else "left"
+        table.add_column(column, no_wrap=not is_last, overflow="ellipsis", justify=justify)
     return table
 
 
@@ -106,7 +111,9 @@ def _summary_table(outcomes: Iterable[AgentOutcome[Any]]) -> Table:
             id_text(outcome.task_id),
             Text(status_text(outcome.status), style=STYLES[outcome.status]),
             Text("-" if outcome.started_after_seconds is None else duration_text(outcome.duration_seconds)),
-            Text(error_line(outcome)) if not outcome.is_success else Text(output_line(outcome), style="dim"),
+            Text(output_line(outcome), style="dim", no_wrap=True)
+            if outcome.is_success
+            else Text(error_line(outcome), no_wrap=True),
         )
     return table
 

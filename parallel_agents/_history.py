@@ -23,7 +23,7 @@ def print_history(console: Console, executions: Sequence[RecordedExecution], *, 
             Text(_time_text(execution.started)),
             Text(state),
             Text(_counts(attempt.status for attempt in execution.last_attempts)),
-            Text(spent_text(execution.usage) or "-"),
+            Text(spent_text(execution.usage) or "-", no_wrap=True),
         )
     console.print(table)
 
@@ -39,7 +39,7 @@ def print_execution(console: Console, execution: RecordedExecution) -> None:
             Text(_status_text(attempt.status)),
             Text(str(starts[attempt.task_id])),
             Text("-" if attempt.ended is None else duration_text(max(0.0, attempt.ended - attempt.started))),
-            Text(harmless(attempt.content or "", 200) if attempt.status == "failed" else ""),
+            Text(harmless(attempt.content or "", 200) if attempt.status == "failed" else "", no_wrap=True),
         )
     console.print(table)
     console.print()

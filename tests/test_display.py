@@ -185,6 +185,19 @@ def test_the_table_has_a_row_for_each_outcome_and_the_sums() -> None:
     assert text.splitlines()[-1] == "group: 4 agents in 3.0 s: 1 succeeded, 1 failed, 1 timed out, 1 rejected"
 
 
+def test_a_narrow_terminal_cuts_the_results_and_leaves_the_rest_whole() -> None:
+    file = io.StringIO()
+    console = make_console(file)
+    console.width = 60
+    print_summary(console, result_of(succeeded("one", output="x" * 300), failed("two", "e" * 300)))
+    first, second = file.getvalue().splitlines()[1:3]
+    for line, agent, status in ((first, "agent-one", "succeeded"), (second, "agent-two", "failed")):
+        assert line.split()[0] == agent
+        assert status in line.split()
+        assert line.rstrip().endswith("…")
+        assert line.count("…") == 1
+
+
 def test_the_sums_tell_what_was_spent() -> None:
     text = summary(succeeded(usage=Usage(input_tokens=10, output_tokens=5, cost=0.25)))
     assert text.splitlines()[-1] == "group: 1 agent in 3.0 s: 1 succeeded; 15 tokens, cost 0.25"
