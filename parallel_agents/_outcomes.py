@@ -13,6 +13,7 @@ from attrs import Factory, field, fields, frozen
 from attrs.validators import optional
 
 from ._checks import RULE, as_tuple, check_rules, each_is_a, integer, is_a, not_blank, number
+from ._drafts import draft_maker
 from ._errors import AgentFailedError
 from ._models import NO_USAGE, ChatMessage, Usage
 
@@ -236,6 +237,29 @@ class AgentOutcome(Generic[T]):
         return None if self.result is None else self.result.output
 
 
+_draft_outcome = draft_maker(AgentOutcome)
+
+
+def outcome_of_result(
+    result: AgentRunResult[T], *, usage: Usage, attempts: int, started_after_seconds: float, duration_seconds: float
+) -> AgentOutcome[T]:
+    """Return the outcome of an engine call that returned a result; the executor knows that its parts are valid."""
+    outcome: Any = _draft_outcome()
+    outcome.task_id = result.task_id
+    outcome.agent_id = result.agent_id
+    outcome.result = result
+    outcome.error = None
+    outcome.status = _STATUS_OF_REASON[result.termination_reason]
+    outcome.usage = usage
+    outcome.attempts = attempts
+    outcome.started_after_seconds = started_after_seconds
+    outcome.duration_seconds = duration_seconds
+    outcome.exception = None
+    outcome.__class__ = AgentOutcome
+    made: AgentOutcome[T] = outcome
+    return made
+
+
 @frozen(kw_only=True)
 class ParallelExecutionResult(Generic[T]):
     """What came of a group: one outcome per assignment, in assignment order.
@@ -347,3 +371,23 @@ class ParallelProgress:
     def pending(self) -> int:
         """Those that have not started."""
         return self.total - self.completed - self.in_progress
+
+
+_draft_progress = draft_maker(ParallelProgress)
+
+
+def progress_of_run(
+    group_id: str, total: int, in_progress: int, succeeded: int, failed: int, parked: int
+) -> ParallelProgress:
+    """Return the progress of a run, whose counters are right by themselves."""
+    progress: Any = _draft_progress()
+    progress.group_id = group_id
+    progress.total = total
+    progress.completed = succeeded + failed + parked
+    progress.in_progress = in_progress
+    progress.succeeded = succeeded
+    progress.failed = failed
+    progress.parked = parked
+    progress.__class__ = ParallelProgress
+    made: ParallelProgress = progress
+    return made

@@ -40,7 +40,15 @@ from ._endings import (
 from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConflictError
 from ._holding import HeldClaims, HeldLease, refuse_overlaps
 from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, GroupOptions, Usage
-from ._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus, ParallelExecutionResult, ParallelProgress
+from ._outcomes import (
+    AgentOutcome,
+    AgentRunResult,
+    OutcomeStatus,
+    ParallelExecutionResult,
+    ParallelProgress,
+    outcome_of_result,
+    progress_of_run,
+)
 from ._shutdown import ShutdownManager
 from ._slots import Slot
 from .engines._metering import difference, larger
@@ -220,14 +228,8 @@ class GroupRun(Generic[T]):
     @property
     def progress(self) -> ParallelProgress:
         """How far the group is, at this moment."""
-        return ParallelProgress(
-            group_id=self.group.group_id,
-            total=self._total,
-            completed=self._succeeded + self._failed + self._parked,
-            in_progress=len(self._running),
-            succeeded=self._succeeded,
-            failed=self._failed,
-            parked=self._parked,
+        return progress_of_run(
+            self.group.group_id, self._total, len(self._running), self._succeeded, self._failed, self._parked
         )
 
     @property
@@ -777,10 +779,8 @@ class GroupRun(Generic[T]):
                 f"for task {assignment.task_id!r} and agent {assignment.agent_id!r}"
             )
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=usage)
-        return AgentOutcome(
-            task_id=value.task_id,
-            agent_id=value.agent_id,
-            result=value,
+        return outcome_of_result(
+            value,
             usage=usage,
             attempts=call.attempt,
             started_after_seconds=call.started - self._started,
