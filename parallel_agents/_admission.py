@@ -72,6 +72,11 @@ class Admission:
             for other in others:
                 self._dependents.setdefault(other, []).append(position)
 
+    @property
+    def has_prerequisites(self) -> bool:
+        """Whether any position depends on others."""
+        return bool(self._dependents)
+
     def __repr__(self) -> str:
         return f"Admission(next={self._next}, total={self._total}, running={self._running}, limit={self.limit})"
 
@@ -180,8 +185,11 @@ class Admission:
         """Return the next position in order that may start; those that may not get their turn later."""
         while self._next < self._total:
             position = self._next
-            self._move_on(position + 1)
-            if not self._unmet.get(position) and self._gets_its_claims(position):
+            self._next = position + 1
+            if self._withdrawn:
+                self._move_on(self._next)
+            is_held_back = self._unmet and self._unmet.get(position)
+            if not is_held_back and (self._claims_of is None or self._gets_its_claims(position)):
                 return position
         return None
 

@@ -174,6 +174,7 @@ class GroupRun(Generic[T]):
         self._settings = settings
         self._assignments = assignments
         self._admission = self._make_admission()
+        self._successes_matter = group.stop_after_successes is not None or self._admission.has_prerequisites
         self._outcomes: list[AgentOutcome[T] | None] = [None] * len(assignments)
         self._order: list[int] = []
         self._news: anyio.Event | None = None
@@ -181,6 +182,8 @@ class GroupRun(Generic[T]):
         self._result: ParallelExecutionResult[T] | None = None
 
         self._clock = _clock_of_the_loop()
+        # anyio's function of this name finds out first which backend runs, in half of its time
+        self._effective_deadline = anyio.lowlevel.current_token().backend_class.current_effective_deadline
         self._started = self._clock()
         # a strong reference would close a circle, and keep all outcomes until the collector comes by
         this = weakref.proxy(self)
@@ -544,42 +547,65 @@ class GroupRun(Generic[T]):
 
     async def _work_while_clean(self, scope: anyio.CancelScope, task: anyio.TaskInfo) -> "Fitness":
         """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
-        deadline = anyio.current_effective_deadline()
-        limiter = self._settings.limiter
-        now = self._clock()
-        while self._admission.has_ready:
+        effective_deadline = self._effective_deadline
+        deadline = effective_deadline()
+        clock, limiter, engine_run = self._clock, self._settings.limiter, self._settings.engine.run
+        admission, claims = self._admission, self._claims
+        now = clock()
+        while admission.has_ready:
             slot = None if limiter is None else Slot(limiter)
             if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
-                now = self._clock()
+                now = clock()
             position = self._take(slot)
             if position is None:
                 return Fitness.NOT_NEEDED
-            if self._claims.are_needed and self._claims.lack(position):
+            if claims.are_needed and claims.lack(position):
                 await self._claim(position, scope, slot)
                 if scope.cancel_called:
                     break
-                now = self._clock()
+                now = clock()
                 continue
             call = self._start_call(position, scope, slot, now)
-            now = await self._run_call(call, task)
+            context = self._context_of_call(call)
+            try:
+                value = await drive(context, engine_run, call.assignment)
+            except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
+                now = clock()
+                del self._running[position]
+                outcome = self._outcome_of_error(call, error, now, pending=task.has_pending_cancellation())
+            else:
+                now = clock()
+                del self._running[position]
+                outcome = self._outcome_of_value(call, value, now)
+            if scope.deadline != math.inf and not scope.cancel_called:
+                scope.deadline = math.inf
+            if slot is not None:
+                slot.give_back()
+            if claims.leases:
+                await self._let_go(call)
+                now = clock()  # the next agent's time does not begin before its call
+            self._end_call(call, outcome, context)
             if call.spoiled_its_task:
                 return Fitness.SPOILED
             if (
                 now - call.started >= SCOPE_IS_CHECKED_AFTER
                 or task.has_pending_cancellation()
-                or anyio.current_effective_deadline() != deadline
+                or effective_deadline() != deadline
             ):
                 break
         return Fitness.FIT
 
     def _take(self, slot: Slot | None) -> int | None:
         """Take the position that starts now, if there is one; what else it changes who may start is seen to."""
-        position = self._admission.take()
-        if self._admission.passed_over:
+        admission = self._admission
+        position = admission.take()
+        if admission.passed_over:
             self._note_passed_over()
         if position is not None:
-            self._call_or_dismiss_workers()
+            # what the call would find out as well, and nearly always does
+            if not admission.has_ready or self._workers - self._claiming_in_vain < admission.limit:
+                self._call_or_dismiss_workers()
         elif slot is not None:
             slot.give_back()
         return position
@@ -737,33 +763,20 @@ class GroupRun(Generic[T]):
         if self._running.get(call.position) is call:
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
 
-    async def _run_call(self, call: EngineCall, task: anyio.TaskInfo) -> float:
-        """Run one engine call to its outcome; return the time from which on the worker is free."""
+    def _context_of_call(self, call: EngineCall) -> Context:
+        """Return a context of its own for an engine call, in which ``current_run()`` finds it."""
         context = self._context.copy()
         context.run(_current.set, call)
         if self._is_watched:
             context.run(self._tell_started, call.assignment)
-        try:
-            value = await drive(context, self._settings.engine.run, call.assignment)
-        except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
-            now = self._clock()
-            del self._running[call.position]
-            outcome = self._outcome_of_error(call, error, now, pending=task.has_pending_cancellation())
-        else:
-            now = self._clock()
-            del self._running[call.position]
-            outcome = self._outcome_of_value(call, value, now)
-        if call.scope.deadline != math.inf and not call.scope.cancel_called:
-            call.scope.deadline = math.inf
-        if call.slot is not None:
-            call.slot.give_back()
+        return context
+
+    async def _let_go(self, call: EngineCall) -> None:
+        """Give back what an engine call that has ended holds besides its worker; waits for locks outside only."""
         if call.lease_watch is not None:
             call.lease_watch.cancel()
-        if self._claims.leases and (still_held := self._claims.give_back(call.position)) is not None:
+        if (still_held := self._claims.give_back(call.position)) is not None:
             await self._claims.finish(still_held)
-            now = self._clock()  # the next agent's time does not begin before its call
-        self._end_call(call, outcome, context)
-        return now
 
     def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:
         assignment = call.assignment
@@ -867,7 +880,7 @@ class GroupRun(Generic[T]):
             self._failed += 1
         if self._is_watched or self._news is not None:
             self._tell_news()
-        if self._stopped is None:
+        if self._stopped is None and (self._successes_matter or outcome.status is not OutcomeStatus.SUCCEEDED):
             self._follow(position, outcome)
 
     def _follow(self, position: int, outcome: AgentOutcome[T]) -> None:
