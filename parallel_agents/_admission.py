@@ -31,6 +31,7 @@ class Admission:
         "_dependents",
         "_is_closed",
         "_next",
+        "_nothing_holds_back",
         "_postponed",
         "_queue",
         "_returned",
@@ -67,6 +68,7 @@ class Admission:
         self._returned: list[int] = []
         self._is_closed = False
         self._unmet = {position: len(others) for position, others in prerequisites.items()}
+        self._nothing_holds_back = claims_of is None and not prerequisites
         self._dependents: dict[int, list[int]] = {}
         for position, others in prerequisites.items():
             for other in others:
@@ -87,7 +89,13 @@ class Admission:
         """
         if not self.has_ready or self._running >= self.limit:
             return None
-        position = heappop(self._returned) if self._returned else self._take_next()
+        if self._returned:
+            position: int | None = heappop(self._returned)
+        elif self._nothing_holds_back and not self._withdrawn:
+            position = self._next
+            self._next += 1
+        else:
+            position = self._take_next()
         self.has_ready = bool(self._returned) or self._next < self._total
         if position is not None:
             self._running += 1
@@ -185,11 +193,8 @@ class Admission:
         """Return the next position in order that may start; those that may not get their turn later."""
         while self._next < self._total:
             position = self._next
-            self._next = position + 1
-            if self._withdrawn:
-                self._move_on(self._next)
-            is_held_back = self._unmet and self._unmet.get(position)
-            if not is_held_back and (self._claims_of is None or self._gets_its_claims(position)):
+            self._move_on(position + 1)
+            if not self._unmet.get(position) and self._gets_its_claims(position):
                 return position
         return None
 

@@ -196,7 +196,8 @@ class GroupRun(Generic[T]):
         )
         self._claims = HeldClaims(settings.resource_lock, group.group_id, self._events)
         for position, assignment in enumerate(self._known_assignments()):
-            self._claims.add(position, assignment)
+            if assignment.resource_claims:
+                self._claims.add(position, assignment)
         self._enclosing = _enclosing_call()
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
         self._is_watched = False
@@ -567,7 +568,10 @@ class GroupRun(Generic[T]):
                 now = clock()
                 continue
             call = self._start_call(position, scope, slot, now)
-            context = self._context_of_call(call)
+            context = self._context.copy()
+            context.run(_current.set, call)
+            if self._is_watched:
+                context.run(self._tell_started, call.assignment)
             try:
                 value = await drive(context, engine_run, call.assignment)
             except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
@@ -762,14 +766,6 @@ class GroupRun(Generic[T]):
         """Let the scope end when the agent's time is over, which does not pass while it waits for others."""
         if self._running.get(call.position) is call:
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
-
-    def _context_of_call(self, call: EngineCall) -> Context:
-        """Return a context of its own for an engine call, in which ``current_run()`` finds it."""
-        context = self._context.copy()
-        context.run(_current.set, call)
-        if self._is_watched:
-            context.run(self._tell_started, call.assignment)
-        return context
 
     async def _let_go(self, call: EngineCall) -> None:
         """Give back what an engine call that has ended holds besides its worker; waits for locks outside only."""
