@@ -24,6 +24,7 @@ from attrs import define
 from ._admission import NO_PREREQUISITES, Admission
 from ._claims import ResourceClaim
 from ._context import RunContext, _current
+from ._deadlines import DeadlineWatch, WatchedScope
 from ._drive import drive
 from ._endings import (
     BUDGET_SPENT,
@@ -89,7 +90,7 @@ class EngineCall(RunContext):
 
     run: "GroupRun[Any]"
     position: int
-    scope: anyio.CancelScope
+    scope: WatchedScope
     slot: Slot | None
     started: float
     stop: Stop | None = None
@@ -208,15 +209,22 @@ class GroupRun(Generic[T]):
         self._parked_tasks = 0
         self._block_is_over = False
         self._all_else_ended = anyio.Event()
-        self._waiting: set[anyio.CancelScope] = set()
-        self._claiming: dict[int, anyio.CancelScope] = {}
+        self._waiting: set[WatchedScope] = set()
+        self._claiming: dict[int, WatchedScope] = {}
         self._claiming_in_vain = 0
         self._claim_deadlines: dict[int, float] = {}
         self._watches_claims = False
         self._watches: set[anyio.CancelScope] = set()
+        self._is_settled = False
         self._spent = NO_USAGE
         self._is_budget_spent = False
-        self._running: dict[int, EngineCall] = {}
+        running: dict[int, EngineCall] = {}
+        self._running = running
+        self._deadlines = DeadlineWatch(
+            self._clock,
+            lambda: [call.scope for call in running.values()],
+            lambda: this._tasks.start_soon(this._watch_deadlines),
+        )
         self._stopped: Stop | None = None
         self._grace_ends = math.inf
         self._ran_at_shutdown: frozenset[int] = frozenset()
@@ -530,7 +538,7 @@ class GroupRun(Generic[T]):
         try:
             with anyio.CancelScope() as scope:
                 try:
-                    return await self._work_while_clean(scope, task)
+                    return await self._work_while_clean(WatchedScope(scope), task)
                 except RuntimeError as error:
                     own_error = error
                     raise
@@ -546,12 +554,12 @@ class GroupRun(Generic[T]):
             own_error = None  # its traceback holds this frame
         return Fitness.FIT
 
-    async def _work_while_clean(self, scope: anyio.CancelScope, task: anyio.TaskInfo) -> "Fitness":
+    async def _work_while_clean(self, scope: WatchedScope, task: anyio.TaskInfo) -> "Fitness":
         """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
         effective_deadline = self._effective_deadline
         deadline = effective_deadline()
         clock, limiter, engine_run = self._clock, self._settings.limiter, self._settings.engine.run
-        admission, claims = self._admission, self._claims
+        admission, claims, events = self._admission, self._claims, self._events
         now = clock()
         while admission.has_ready:
             slot = None if limiter is None else Slot(limiter)
@@ -570,7 +578,7 @@ class GroupRun(Generic[T]):
             call = self._start_call(position, scope, slot, now)
             context = self._context.copy()
             context.run(_current.set, call)
-            if self._is_watched:
+            if events.are_heard:
                 context.run(self._tell_started, call.assignment)
             try:
                 value = await drive(context, engine_run, call.assignment)
@@ -582,8 +590,7 @@ class GroupRun(Generic[T]):
                 now = clock()
                 del self._running[position]
                 outcome = self._outcome_of_value(call, value, now)
-            if scope.deadline != math.inf and not scope.cancel_called:
-                scope.deadline = math.inf
+            scope.deadline = math.inf
             if slot is not None:
                 slot.give_back()
             if claims.leases:
@@ -614,7 +621,7 @@ class GroupRun(Generic[T]):
             slot.give_back()
         return position
 
-    async def _wait_for(self, slot: Slot, scope: anyio.CancelScope) -> None:
+    async def _wait_for(self, slot: Slot, scope: WatchedScope) -> None:
         self._waiting.add(scope)
         try:
             await slot.take()
@@ -623,7 +630,7 @@ class GroupRun(Generic[T]):
 
     # Waiting for claims
 
-    async def _claim(self, position: int, scope: anyio.CancelScope, slot: Slot | None) -> None:
+    async def _claim(self, position: int, scope: WatchedScope, slot: Slot | None) -> None:
         """Take the claims of one assignment, which then starts as soon as there is room; or give it its outcome."""
         self._admission.postpone(position)
         if slot is not None:
@@ -690,6 +697,11 @@ class GroupRun(Generic[T]):
                 self._claim_deadlines.pop(position, None)
         self._watches_claims = False
 
+    async def _watch_deadlines(self) -> None:
+        """Cancel each engine call when its time is over."""
+        with self._watching():
+            await self._deadlines.run()
+
     async def _watch_deadline(self, seconds: float) -> None:
         """Stop the group when its time is over."""
         with self._watching():
@@ -702,6 +714,8 @@ class GroupRun(Generic[T]):
         """Be ended when every assignment has its outcome."""
         with anyio.CancelScope() as scope:
             self._watches.add(scope)
+            if self._is_settled:  # before this task came to its first step
+                scope.cancel()
             try:
                 yield
             finally:
@@ -742,7 +756,7 @@ class GroupRun(Generic[T]):
 
     # One engine call
 
-    def _start_call(self, position: int, scope: anyio.CancelScope, slot: Slot | None, now: float) -> EngineCall:
+    def _start_call(self, position: int, scope: WatchedScope, slot: Slot | None, now: float) -> EngineCall:
         assignment = self._assignments[position]
         call = EngineCall(self.group.group_id, assignment, self._is_shutting_down, self, position, scope, slot, now)
         self._running[position] = call
@@ -752,6 +766,8 @@ class GroupRun(Generic[T]):
             self._tell_progress()
         if assignment.timeout_seconds is not None:
             scope.deadline = call.due = now + assignment.timeout_seconds
+            if call.due < self._deadlines.looks_at:
+                self._deadlines.tell(call.due)
         lease = self._claims.leases.get(position)
         if lease is not None and lease.lost is not NEVER_LOST:
             call.lease_watch = anyio.CancelScope()
@@ -766,6 +782,7 @@ class GroupRun(Generic[T]):
         """Let the scope end when the agent's time is over, which does not pass while it waits for others."""
         if self._running.get(call.position) is call:
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
+            self._deadlines.tell(call.scope.deadline)
 
     async def _let_go(self, call: EngineCall) -> None:
         """Give back what an engine call that has ended holds besides its worker; waits for locks outside only."""
@@ -862,7 +879,7 @@ class GroupRun(Generic[T]):
         if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
             agent = f"{self.group.group_id}:{outcome.task_id}"
             manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
-        if self._is_watched or outcome.result is None:
+        if self._events.are_heard or outcome.result is None:  # warnings and errors are told in any case
             context.run(self._tell_ended, outcome)
         self._record(call.position, outcome)
 
@@ -932,6 +949,7 @@ class GroupRun(Generic[T]):
                 self._stop_call(call, SHUTDOWN)
             else:
                 call.scope.deadline = min(call.scope.deadline, self._grace_ends)
+                self._deadlines.tell(call.scope.deadline)
 
     def _is_shutting_down(self) -> bool:
         manager = self._settings.shutdown_manager
@@ -947,6 +965,7 @@ class GroupRun(Generic[T]):
 
     def _settle(self) -> None:
         """Give an outcome to everything that never started."""
+        self._is_settled = True
         for watch in self._watches:
             watch.cancel()
         positions = self._without_outcome()
@@ -996,7 +1015,7 @@ class GroupRun(Generic[T]):
 
     def _tell_progress(self) -> None:
         callback = self._settings.progress_callback
-        is_wanted = self._events.is_wanted(PARALLEL_PROGRESS_UPDATE)
+        is_wanted = self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE)
         if callback is None and not is_wanted:
             return
         progress = self.progress
