@@ -57,8 +57,8 @@ class ClaimQueue(Generic[O]):
     """Tickets in order of arrival; one is clear once no earlier one that is in its way is left."""
 
     def __init__(self) -> None:
-        # OrderedDict: the first key of a plain dict is looked for behind all that were deleted before it
-        self._noted: dict[str, list[OrderedDict[Ticket[O], int] | None]] = {}
+        # a resource that one ticket alone claims, as nearly all are, has that ticket here, and no shelves
+        self._noted: dict[str, Ticket[O] | list[OrderedDict[Ticket[O], int] | None]] = {}
         self._entered = 0
 
     def __bool__(self) -> bool:
@@ -68,22 +68,20 @@ class ClaimQueue(Generic[O]):
         """Note claims, behind all that were noted before. The ticket says whether they are to be had now."""
         self._entered += 1
         ticket = Ticket(owner, claims, self._entered)
-        self._watch(ticket, newest_first=True)
-        noted = self._noted
-        for claim in claims:
-            for resource, how in _notes(claim):
-                shelves = noted.get(resource)
-                if shelves is None:
-                    shelves = noted[resource] = [None, None, None, None]
-                tickets = shelves[how]
-                if tickets is None:
-                    tickets = shelves[how] = OrderedDict()
-                tickets[ticket] = tickets.get(ticket, 0) + 1
+        if not self._note_alone(ticket):
+            self._watch(ticket, newest_first=True)
+            for claim in claims:
+                for resource, how in _notes(claim):
+                    self._note(ticket, resource, how)
         return ticket
 
     def leave(self, ticket: Ticket[O], claims: Sequence[ResourceClaim] | None = None) -> list[Ticket[O]]:
         """Take back *claims* of a ticket, or all of it; return the tickets that are clear by that, oldest first."""
+        noted = self._noted
         for claim in ticket.claims if claims is None else claims:
+            if noted.get(claim.resource) is ticket:
+                del noted[claim.resource]
+                continue
             for resource, how in _notes(claim):
                 self._remove(ticket, resource, how)
         if ticket.waits_for is not None:
@@ -119,7 +117,7 @@ class ClaimQueue(Generic[O]):
 
     def _in_the_way(self, claim: ResourceClaim) -> Iterator[OrderedDict[Ticket[O], int]]:
         for resource, how in _notes(claim):
-            shelves = self._noted.get(resource)
+            shelves = self._shelves_of(resource)
             if shelves is not None:
                 for other_how in _IN_THE_WAY[how]:
                     tickets = shelves[other_how]
@@ -134,8 +132,37 @@ class ClaimQueue(Generic[O]):
                 ticket.waits_for._watched_by = {}
             ticket.waits_for._watched_by[ticket] = None
 
+    def _note_alone(self, ticket: Ticket[O]) -> bool:
+        """Note a ticket, if nothing can be in its way and each of its resources is noted by it alone, once."""
+        noted = self._noted
+        for number, claim in enumerate(ticket.claims):
+            if claim.resource in noted or not _is_noted_once(claim) or claim.mode is ClaimMode.SHARED:
+                for earlier in ticket.claims[:number]:
+                    del noted[earlier.resource]
+                return False
+            noted[claim.resource] = ticket
+        return True
+
+    def _note(self, ticket: Ticket[O], resource: str, how: int) -> None:
+        shelves = self._shelves_of(resource)
+        if shelves is None:
+            shelves = self._noted[resource] = [None, None, None, None]
+        tickets = shelves[how]
+        if tickets is None:
+            # ordered: the first key of a plain dict is looked for behind all that were deleted before it
+            tickets = shelves[how] = OrderedDict()
+        tickets[ticket] = tickets.get(ticket, 0) + 1
+
+    def _shelves_of(self, resource: str) -> list[OrderedDict[Ticket[O], int] | None] | None:
+        """Return the tickets that are noted at a resource by how they are noted, if there are any."""
+        found = self._noted.get(resource)
+        if isinstance(found, Ticket):
+            found = self._noted[resource] = [OrderedDict([(found, 1)]), None, None, None]
+        return found
+
     def _remove(self, ticket: Ticket[O], resource: str, how: int) -> None:
-        shelves = self._noted[resource]
+        shelves = self._shelves_of(resource)
+        assert shelves is not None
         tickets = shelves[how]
         assert tickets is not None
         tickets[ticket] -= 1
@@ -166,16 +193,21 @@ def _number_of(ticket: Ticket[O]) -> int:
     return ticket.number
 
 
+def _is_noted_once(claim: ResourceClaim) -> bool:
+    """Whether a claim is noted at its resource only: nothing lies above it."""
+    return claim.within is None and not claim.resource.startswith(PATH)
+
+
 def _notes(claim: ResourceClaim) -> Sequence[tuple[str, int]]:
     """Return where a claim is noted, and how."""
     is_shared = claim.mode is ClaimMode.SHARED
     at = (claim.resource, _AT_SHARED if is_shared else _AT)
+    if _is_noted_once(claim):
+        return (at,)
     if claim.within is not None:
         folders: Sequence[str] = (claim.within, *_folders_above(claim.within))
-    elif claim.resource.startswith(PATH):
-        folders = _folders_above(claim.resource)
     else:
-        return (at,)
+        folders = _folders_above(claim.resource)
     below = _BELOW_SHARED if is_shared else _BELOW
     return (at, *((folder, below) for folder in folders))
 

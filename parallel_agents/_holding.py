@@ -16,6 +16,7 @@ from ._errors import ParallelAgentsError, ResourceConflictError
 from ._models import AgentAssignment, ClaimPolicy, GroupOptions
 from .events import PARALLEL_LOCK_RELEASE_ERROR, GroupEvents, error_text
 from .locks._protocol import NEVER_LOST, ClaimLock, Lease, Lost, ResourceLock
+from .locks.memory import InMemoryResourceLock
 
 RELEASE_SECONDS = 5.0
 """How long giving back the locks of one assignment may take; then it counts as failed."""
@@ -72,12 +73,12 @@ class HeldClaims:
     def __init__(self, lock: ResourceLock, group_id: str, events: GroupEvents) -> None:
         self._lock = lock
         self._claim_lock = lock if isinstance(lock, ClaimLock) else None
+        # not a subclass: it may do more in acquire_claims()
+        self._quick_lock = lock if type(lock) is InMemoryResourceLock else None
         self._events = events
         self._group_id = group_id
         self._execution = secrets.token_hex(8)
         self._claimed: dict[int, AgentAssignment] = {}
-        self._holders: dict[int, str] = {}
-        self._agents: dict[str, str] = {}
         self._unfinished: list[Awaitable[None]] = []
         self.are_needed = False
         """Whether any assignment claims anything."""
@@ -89,18 +90,17 @@ class HeldClaims:
         if assignment.resource_claims:
             self.are_needed = True
             self._claimed[position] = assignment
-            holder = self._holders[position] = f"{self._group_id}:{assignment.task_id}#{self._execution}"
-            self._agents[holder] = assignment.agent_id
 
     def forget(self, position: int) -> None:
         """Keep nothing of an assignment that has its outcome."""
-        if self._claimed.pop(position, None) is not None:
-            del self._agents[self._holders.pop(position)]
+        self._claimed.pop(position, None)
 
     def lack(self, position: int) -> bool:
         """Whether an assignment does not hold what it claims: not yet, or not any more."""
         lease = self.leases.get(position)
-        return position in self._claimed and (lease is None or lease.lost.is_set())
+        if lease is None:
+            return position in self._claimed
+        return lease.lost is not NEVER_LOST and lease.lost.is_set()
 
     async def take_all(self) -> None:
         """Take every claim of the group now, or none.
@@ -109,11 +109,22 @@ class HeldClaims:
             ResourceConflictError: If somebody outside the group holds one; what was taken is given back.
         """
         try:
-            for position in self._claimed:
-                await self.take(position, 0)
+            if self._quick_lock is not None:
+                for position, assignment in self._claimed.items():
+                    self._take_at_once(self._quick_lock, position, assignment)
+            else:
+                for position in self._claimed:
+                    await self.take(position, 0)
         except BaseException:
             await self.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
             raise
+
+    def _take_at_once(self, lock: InMemoryResourceLock, position: int, assignment: AgentAssignment) -> None:
+        claims, holder = assignment.resource_claims, self._holder_of(assignment)
+        try:
+            self.leases[position] = lock.take_at_once(claims, holder, is_told=self._events.are_heard)
+        except ResourceConflictError as error:
+            raise self._told_by_agents(error, assignment) from error
 
     async def take(self, position: int, timeout_seconds: float | None) -> None:
         """Take the claims of one assignment, or none of them.
@@ -121,8 +132,8 @@ class HeldClaims:
         Raises:
             ResourceConflictError: If they are not to be had in time.
         """
-        assignment, holder = self._claimed[position], self._holders[position]
-        claims = assignment.resource_claims
+        assignment = self._claimed[position]
+        claims, holder = assignment.resource_claims, self._holder_of(assignment)
         try:
             if self._claim_lock is not None:
                 lease = await self._claim_lock.acquire_claims(claims, holder, timeout_seconds=timeout_seconds)
@@ -132,11 +143,20 @@ class HeldClaims:
                 await plain_lease.take(timeout_seconds)
         except ResourceConflictError as error:
             await self._give_back_now(position)  # noqa: ASYNC120 - it is shielded
-            current = self._agents.get(error.holder, error.holder)
-            raise ResourceConflictError(error.resource, current, assignment.agent_id) from error
+            raise self._told_by_agents(error, assignment) from error
         except BaseException:
             await self._give_back_now(position)  # noqa: ASYNC102 - it is shielded and bounded itself
             raise
+
+    def _holder_of(self, assignment: AgentAssignment) -> str:
+        return f"{self._group_id}:{assignment.task_id}#{self._execution}"
+
+    def _told_by_agents(self, error: ResourceConflictError, assignment: AgentAssignment) -> ResourceConflictError:
+        """Return a conflict of an assignment that names agents instead of holders, where they are of this group."""
+        others = (a.agent_id for a in self._claimed.values() if self._holder_of(a) == error.holder)
+        is_ours = error.holder.endswith(f"#{self._execution}")
+        current = next(others, error.holder) if is_ours else error.holder
+        return ResourceConflictError(error.resource, current, assignment.agent_id)
 
     async def _give_back_now(self, position: int) -> None:
         pending = self.give_back(position)

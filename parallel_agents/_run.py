@@ -593,8 +593,10 @@ class GroupRun(Generic[T]):
             scope.deadline = math.inf
             if slot is not None:
                 slot.give_back()
-            if claims.leases:
-                await self._let_go(call)
+            if call.lease_watch is not None:
+                call.lease_watch.cancel()
+            if claims.leases and (still_held := claims.give_back(position)) is not None:
+                await claims.finish(still_held)
                 now = clock()  # the next agent's time does not begin before its call
             self._end_call(call, outcome, context)
             if call.spoiled_its_task:
@@ -783,13 +785,6 @@ class GroupRun(Generic[T]):
         if self._running.get(call.position) is call:
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
             self._deadlines.tell(call.scope.deadline)
-
-    async def _let_go(self, call: EngineCall) -> None:
-        """Give back what an engine call that has ended holds besides its worker; waits for locks outside only."""
-        if call.lease_watch is not None:
-            call.lease_watch.cancel()
-        if (still_held := self._claims.give_back(call.position)) is not None:
-            await self._claims.finish(still_held)
 
     def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:
         assignment = call.assignment

@@ -72,15 +72,16 @@ class MemoryLease:
     holder: str
     fencing_token: int
     _lock: "InMemoryResourceLock" = field(repr=False)
-    _left: dict[str, ResourceClaim] = field(repr=False)
+    _left: tuple[ResourceClaim, ...] = field(repr=False)
     _ticket: Ticket[str] = field(repr=False)
     _since: float = field(repr=False)
+    _is_told: bool = field(repr=False)
     lost: Lost = field(default=NEVER_LOST, init=False, repr=False)
 
     def release(self) -> None:
         """Give everything back, at once; may be repeated."""
         if self._left:
-            self._lock._give_back(self, tuple(self._left.values()))
+            self._lock._give_back(self, self._left)
 
 
 @define(eq=False)
@@ -96,7 +97,8 @@ class InMemoryResourceLock:
 
     def __init__(self) -> None:
         self._queue: ClaimQueue[str] = ClaimQueue()
-        self._leases: dict[str, dict[MemoryLease, None]] = {}
+        # a holder's one lease, as nearly all have, or several
+        self._leases: dict[str, MemoryLease | dict[MemoryLease, None]] = {}
         self._waiting: dict[Ticket[str], _Waiter] = {}
         self._last_token = 0
 
@@ -107,30 +109,30 @@ class InMemoryResourceLock:
         """Take a resource alone; not a checkpoint. See ``ResourceLock.acquire()``."""
         claims = (ResourceClaim(resource=resource),)
         _refuse_blank(holder)
-        if any(resource in lease._left for lease in self._leases.get(holder, ())):
+        if any(_left_of(lease, resource) for lease in self._leases_of(holder)):
             return True
         ticket = self._queue.enter(holder, claims)
         if ticket.waits_for is not None:
             self._refuse(ticket)
             return False
-        self._grant(ticket)
+        self._grant(ticket, is_told=True)
         return True
 
     async def release(self, resource: str, holder: str) -> None:
         """Give a resource back; not a checkpoint. See ``ResourceLock.release()``."""
         claim = ResourceClaim(resource=resource)
         _refuse_blank(holder)
-        leases = [lease for lease in self._leases.get(holder, ()) if resource in lease._left]
-        for lease in leases:
-            self._give_back(lease, (lease._left[resource],))
-        if not leases and (current := self._queue.owner_of(claim)) is not None:
+        found = [(lease, left) for lease in self._leases_of(holder) if (left := _left_of(lease, resource))]
+        for lease, left in found:
+            self._give_back(lease, left)
+        if not found and (current := self._queue.owner_of(claim)) is not None:
             write_log(PARALLEL_LOCK_CONFLICT, level="WARNING", resource=resource, holder=holder, current_holder=current)
 
     async def release_all(self, holder: str) -> int:
         """Give back all that *holder* has; not a checkpoint. See ``ResourceLock.release_all()``."""
         _refuse_blank(holder)
-        leases = tuple(self._leases.get(holder, ()))
-        resources = {resource for lease in leases for resource in lease._left}
+        leases = self._leases_of(holder)
+        resources = {claim.resource for lease in leases for claim in lease._left}
         for lease in leases:
             lease.release()
         return len(resources)
@@ -154,15 +156,28 @@ class InMemoryResourceLock:
         _refuse_blank(holder)
         if len({claim.resource for claim in claims}) < len(claims):
             raise ValueError(f"claims must name each resource once, got {claims!r}")
+        if timeout_seconds is not None and timeout_seconds <= 0:
+            return self.take_at_once(claims, holder, is_told=True)
         ticket = self._queue.enter(holder, claims)
         if ticket.waits_for is None:
-            return self._grant(ticket)
-        if timeout_seconds is None or timeout_seconds > 0:
-            lease = await self._wait(ticket, timeout_seconds)
-            if lease is not None:
-                return lease
-        resource, current = self._refuse(ticket)
-        raise ResourceConflictError(resource, current, holder)
+            return self._grant(ticket, is_told=True)
+        lease = await self._wait(ticket, timeout_seconds)
+        if lease is None:
+            raise self._conflict(ticket)
+        return lease
+
+    def take_at_once(self, claims: tuple[ResourceClaim, ...], holder: str, *, is_told: bool) -> MemoryLease:
+        """Do what ``acquire_claims()`` does with a timeout of 0, each resource being there once.
+
+        Args:
+            claims: What to take.
+            holder: For whom.
+            is_told: Whether the log is told that they are taken, and that they are given back.
+        """
+        ticket = self._queue.enter(holder, claims)
+        if ticket.waits_for is not None:
+            raise self._conflict(ticket)
+        return self._grant(ticket, is_told)
 
     async def _wait(self, ticket: Ticket[str], timeout_seconds: float | None) -> MemoryLease | None:
         waiter = self._waiting[ticket] = _Waiter(ticket)
@@ -183,9 +198,9 @@ class InMemoryResourceLock:
         """Return what is held and who waits, now."""
         held = (
             HeldResource(resource=claim.resource, mode=claim.mode, holder=holder, since=lease._since)
-            for holder, leases in self._leases.items()
-            for lease in leases
-            for claim in lease._left.values()
+            for holder in self._leases
+            for lease in self._leases_of(holder)
+            for claim in lease._left
         )
         waiting = (
             WaitingHolder(
@@ -206,35 +221,54 @@ class InMemoryResourceLock:
         self._leave(ticket, ticket.claims)
         return resource, other.owner
 
-    def _grant(self, ticket: Ticket[str]) -> MemoryLease:
+    def _conflict(self, ticket: Ticket[str]) -> ResourceConflictError:
+        resource, current = self._refuse(ticket)
+        return ResourceConflictError(resource, current, ticket.owner)
+
+    def _grant(self, ticket: Ticket[str], is_told: bool) -> MemoryLease:
         self._last_token += 1
-        holder, claims = ticket.owner, ticket.claims
-        left = {claim.resource: claim for claim in claims}
-        lease = MemoryLease(tuple(claims), holder, self._last_token, self, left, ticket, time.monotonic())
-        self._leases.setdefault(holder, {})[lease] = None
-        for claim in claims:
-            write_log(PARALLEL_LOCK_ACQUIRED, resource=claim.resource, holder=holder)
+        holder, claims = ticket.owner, tuple(ticket.claims)
+        lease = MemoryLease(claims, holder, self._last_token, self, claims, ticket, time.monotonic(), is_told)
+        others = self._leases.setdefault(holder, lease)
+        if isinstance(others, dict):
+            others[lease] = None
+        elif others is not lease:
+            self._leases[holder] = {others: None, lease: None}
+        if is_told:
+            for claim in claims:
+                write_log(PARALLEL_LOCK_ACQUIRED, resource=claim.resource, holder=holder)
         return lease
 
-    def _give_back(self, lease: MemoryLease, claims: Sequence[ResourceClaim]) -> None:
+    def _leases_of(self, holder: str) -> tuple[MemoryLease, ...]:
+        leases = self._leases.get(holder, ())
+        return (leases,) if isinstance(leases, MemoryLease) else tuple(leases)
+
+    def _give_back(self, lease: MemoryLease, claims: tuple[ResourceClaim, ...]) -> None:
         """Give back some claims of a lease, and let those go on who waited for them."""
-        for claim in claims:
-            del lease._left[claim.resource]
-            write_log(PARALLEL_LOCK_RELEASED, resource=claim.resource, holder=lease.holder)
+        if lease._is_told:
+            for claim in claims:
+                write_log(PARALLEL_LOCK_RELEASED, resource=claim.resource, holder=lease.holder)
+        lease._left = () if claims is lease._left else tuple(c for c in lease._left if c not in claims)
         if not lease._left:
             leases = self._leases[lease.holder]
-            del leases[lease]
-            if not leases:
+            if isinstance(leases, dict):
+                del leases[lease]
+            if leases is lease or not leases:
                 del self._leases[lease.holder]
         self._leave(lease._ticket, claims)
 
     def _leave(self, ticket: Ticket[str], claims: Sequence[ResourceClaim]) -> None:
         for cleared in self._queue.leave(ticket, claims):
             waiter = self._waiting.pop(cleared)
-            waiter.lease = self._grant(cleared)
+            waiter.lease = self._grant(cleared, is_told=True)
             waiter.granted.set()
 
 
 def _refuse_blank(holder: str) -> None:
     if not holder.strip():
         raise ValueError(f"holder must not be blank, got {holder!r}")
+
+
+def _left_of(lease: MemoryLease, resource: str) -> tuple[ResourceClaim, ...]:
+    """Return what a lease holds of one resource."""
+    return tuple(claim for claim in lease._left if claim.resource == resource)
