@@ -179,6 +179,18 @@ def find_overlap(claims: Iterable[tuple[O, Sequence[ResourceClaim]]]) -> tuple[s
 
     An owner's own claims may overlap each other.
     """
+    known = list(claims)
+    owners: dict[str, O] = {}
+    for owner, own in known:
+        for claim in own:
+            if claim.mode is ClaimMode.SHARED or not _is_noted_once(claim):
+                return _find_overlap_in_queue(known)
+            if owners.setdefault(claim.resource, owner) != owner:
+                return claim.resource, owners[claim.resource], owner
+    return None
+
+
+def _find_overlap_in_queue(claims: Iterable[tuple[O, Sequence[ResourceClaim]]]) -> tuple[str, O, O] | None:
     queue: ClaimQueue[O] = ClaimQueue()
     for owner, own in claims:
         ticket = queue.enter(owner, own)

@@ -6,15 +6,11 @@ to the frozen one, and from then on it is a value like any other. Nothing is che
 value is valid.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 
-def draft_maker(frozen_class: type[Any]) -> Callable[[], Any]:
-    """Return a function that makes drafts of a slotted, frozen class, with no field set yet."""
-    name = f"_{frozen_class.__name__}Draft"
+def draft_class(frozen_class: type[Any]) -> type[Any]:
+    """Return the class of the drafts of a slotted, frozen class."""
     # both at once: Python assigns through the fast path of plain slots only if neither is attrs' own
     namespace = {"__slots__": (), "__setattr__": object.__setattr__, "__delattr__": object.__delattr__}
-    draft_class = type(frozen_class)(name, (frozen_class,), namespace)
-    return partial(object.__new__, draft_class)
+    return type(frozen_class)(f"_{frozen_class.__name__}Draft", (frozen_class,), namespace)

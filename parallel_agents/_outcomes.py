@@ -4,8 +4,9 @@ Knows the models that went in; knows nothing of how agents are run.
 """
 
 import math
+from collections.abc import Iterable
 from enum import StrEnum, auto
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +14,7 @@ from attrs import Factory, field, fields, frozen
 from attrs.validators import optional
 
 from ._checks import RULE, as_tuple, check_rules, each_is_a, integer, is_a, not_blank, number
-from ._drafts import draft_maker
+from ._drafts import draft_class
 from ._errors import AgentFailedError
 from ._models import NO_USAGE, ChatMessage, Usage
 
@@ -58,7 +59,7 @@ class OutcomeStatus(StrEnum):
     """It waits for a person."""
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, init=False)
 class AgentRunResult(Generic[T]):
     """What an engine returns for one assignment.
 
@@ -84,23 +85,62 @@ class AgentRunResult(Generic[T]):
     duration_seconds: float = field(default=0.0, metadata={RULE: number(at_least=0)})
     messages: tuple[ChatMessage, ...] = field(default=(), converter=as_tuple, metadata={RULE: each_is_a(ChatMessage)})
 
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        agent_id: str,
+        termination_reason: TerminationReason,
+        output: T | None = None,
+        error_message: str | None = None,
+        usage: Usage = NO_USAGE,
+        turns: int = 0,
+        duration_seconds: float = 0.0,
+        messages: Iterable[ChatMessage] = (),
+    ) -> None:
+        # engines make one for each agent: what is as plain as it nearly always is gets its fields by plain assignment
+        if (
+            type(self) is AgentRunResult
+            and type(task_id) is str
+            and type(agent_id) is str
+            and task_id.strip()
+            and agent_id.strip()
+            and termination_reason is TerminationReason.COMPLETED
+            and error_message is None
+            and type(usage) is Usage
+            and type(turns) is int
+            and turns >= 0
+            and type(duration_seconds) is float
+            and 0.0 <= duration_seconds < math.inf
+            and type(messages) is tuple
+            and not messages
+        ):
+            draft: Any = self
+            _set_class(draft, "__class__", _ResultDraft)
+            draft.task_id = task_id
+            draft.agent_id = agent_id
+            draft.termination_reason = termination_reason
+            draft.output = output
+            draft.error_message = None
+            draft.usage = usage
+            draft.turns = turns
+            draft.duration_seconds = duration_seconds
+            draft.messages = ()
+            draft.__class__ = AgentRunResult
+        else:
+            self.__attrs_init__(
+                task_id=task_id,
+                agent_id=agent_id,
+                termination_reason=termination_reason,
+                output=output,
+                error_message=error_message,
+                usage=usage,
+                turns=turns,
+                duration_seconds=duration_seconds,
+                messages=messages,
+            )
+
     def __attrs_post_init__(self) -> None:
-        is_plain = (
-            type(self.task_id) is str
-            and type(self.agent_id) is str
-            and self.task_id.strip()
-            and self.agent_id.strip()
-            and self.termination_reason is TerminationReason.COMPLETED
-            and self.error_message is None
-            and type(self.usage) is Usage
-            and type(self.turns) is int
-            and self.turns >= 0
-            and type(self.duration_seconds) is float
-            and 0.0 <= self.duration_seconds < math.inf
-            and not self.messages
-        )
-        if is_plain:
-            return
         check_rules(self)
         failed = self.termination_reason is TerminationReason.ERROR
         if failed and self.error_message is None:
@@ -129,6 +169,9 @@ class AgentRunResult(Generic[T]):
         said = (m.content for m in reversed(self.messages) if m.role == "assistant" and m.content.strip())
         return next(said, None)
 
+
+_set_class = object.__setattr__
+_ResultDraft = draft_class(AgentRunResult)
 
 _STATUS_OF_REASON = dict.fromkeys(TerminationReason, OutcomeStatus.FAILED) | {
     TerminationReason.COMPLETED: OutcomeStatus.SUCCEEDED,
@@ -237,14 +280,14 @@ class AgentOutcome(Generic[T]):
         return None if self.result is None else self.result.output
 
 
-_draft_outcome = draft_maker(AgentOutcome)
+_new_outcome_draft = partial(object.__new__, draft_class(AgentOutcome))
 
 
 def outcome_of_result(
     result: AgentRunResult[T], *, usage: Usage, attempts: int, started_after_seconds: float, duration_seconds: float
 ) -> AgentOutcome[T]:
     """Return the outcome of an engine call that returned a result; the executor knows that its parts are valid."""
-    outcome: Any = _draft_outcome()
+    outcome: Any = _new_outcome_draft()
     outcome.task_id = result.task_id
     outcome.agent_id = result.agent_id
     outcome.result = result
@@ -373,14 +416,14 @@ class ParallelProgress:
         return self.total - self.completed - self.in_progress
 
 
-_draft_progress = draft_maker(ParallelProgress)
+_new_progress_draft = partial(object.__new__, draft_class(ParallelProgress))
 
 
 def progress_of_run(
     group_id: str, total: int, in_progress: int, succeeded: int, failed: int, parked: int
 ) -> ParallelProgress:
     """Return the progress of a run, whose counters are right by themselves."""
-    progress: Any = _draft_progress()
+    progress: Any = _new_progress_draft()
     progress.group_id = group_id
     progress.total = total
     progress.completed = succeeded + failed + parked

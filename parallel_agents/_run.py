@@ -1010,13 +1010,10 @@ class GroupRun(Generic[T]):
 
     def _tell_progress(self) -> None:
         callback = self._settings.progress_callback
-        is_wanted = self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE)
-        if callback is None and not is_wanted:
-            return
-        progress = self.progress
         if callback is not None:
-            call_quietly(callback, progress, self._end_for_callback)
-        if is_wanted:
+            call_quietly(callback, self.progress, self._end_for_callback)
+        if self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
+            progress = self.progress
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,
                 total=progress.total,
