@@ -6,6 +6,7 @@ to the frozen one, and from then on it is a value like any other. Nothing is che
 value is valid.
 """
 
+import types
 from typing import Any
 
 
@@ -13,4 +14,6 @@ def draft_class(frozen_class: type[Any]) -> type[Any]:
     """Return the class of the drafts of a slotted, frozen class."""
     # both at once: Python assigns through the fast path of plain slots only if neither is attrs' own
     namespace = {"__slots__": (), "__setattr__": object.__setattr__, "__delattr__": object.__delattr__}
-    return type(frozen_class)(f"_{frozen_class.__name__}Draft", (frozen_class,), namespace)
+    return types.new_class(
+        f"_{frozen_class.__name__}Draft", (frozen_class,), exec_body=lambda body: body.update(namespace)
+    )

@@ -98,6 +98,7 @@ class AgentRunResult(Generic[T]):
         duration_seconds: float = 0.0,
         messages: Iterable[ChatMessage] = (),
     ) -> None:
+        draft: Any = self
         # engines make one for each agent: what is as plain as it nearly always is gets its fields by plain assignment
         if (
             type(self) is AgentRunResult
@@ -115,7 +116,6 @@ class AgentRunResult(Generic[T]):
             and type(messages) is tuple
             and not messages
         ):
-            draft: Any = self
             _set_class(draft, "__class__", _ResultDraft)
             draft.task_id = task_id
             draft.agent_id = agent_id
@@ -128,7 +128,7 @@ class AgentRunResult(Generic[T]):
             draft.messages = ()
             draft.__class__ = AgentRunResult
         else:
-            self.__attrs_init__(
+            draft.__attrs_init__(
                 task_id=task_id,
                 agent_id=agent_id,
                 termination_reason=termination_reason,
@@ -420,7 +420,7 @@ _new_progress_draft = partial(object.__new__, draft_class(ParallelProgress))
 
 
 def progress_of_run(
-    group_id: str, total: int, in_progress: int, succeeded: int, failed: int, parked: int
+    group_id: str, *, total: int, in_progress: int, succeeded: int, failed: int, parked: int
 ) -> ParallelProgress:
     """Return the progress of a run, whose counters are right by themselves."""
     progress: Any = _new_progress_draft()

@@ -241,7 +241,12 @@ class GroupRun(Generic[T]):
     def progress(self) -> ParallelProgress:
         """How far the group is, at this moment."""
         return progress_of_run(
-            self.group.group_id, self._total, len(self._running), self._succeeded, self._failed, self._parked
+            self.group.group_id,
+            total=self._total,
+            in_progress=len(self._running),
+            succeeded=self._succeeded,
+            failed=self._failed,
+            parked=self._parked,
         )
 
     @property
@@ -554,7 +559,9 @@ class GroupRun(Generic[T]):
             own_error = None  # its traceback holds this frame
         return Fitness.FIT
 
-    async def _work_while_clean(self, scope: WatchedScope, task: anyio.TaskInfo) -> "Fitness":
+    async def _work_while_clean(  # noqa: C901, PLR0912 - in one piece: every agent would pay for calls of its parts
+        self, scope: WatchedScope, task: anyio.TaskInfo
+    ) -> "Fitness":
         """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
         effective_deadline = self._effective_deadline
         deadline = effective_deadline()

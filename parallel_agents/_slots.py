@@ -39,10 +39,7 @@ class Slot:
         """End the use of this slot: the engine call is over."""
         self._over = True
         if not self._loans:
-            try:  # _release_if_held(), at hand: this is done for each agent
-                self._limiter.release_on_behalf_of(self)
-            except RuntimeError:
-                return
+            self._release_if_held()
 
     @asynccontextmanager
     async def lent(self) -> AsyncIterator[None]:
