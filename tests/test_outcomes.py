@@ -25,6 +25,8 @@ from parallel_agents._outcomes import (
     ParallelExecutionResult,
     ParallelProgress,
     TerminationReason,
+    outcome_of_result,
+    progress_of_run,
 )
 
 Result = AgentRunResult[Any]
@@ -142,6 +144,41 @@ def test_values_are_frozen_and_valid_after_evolve(value: Any) -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         value.group_id = "x"
     assert attrs.evolve(value) == value
+
+
+@pytest.mark.parametrize("reason", TerminationReason)
+def test_an_outcome_that_the_executor_makes_is_one_like_any_other(reason: TerminationReason) -> None:
+    fields: dict[str, Any] = {"attempts": 2, "started_after_seconds": 0.5, "duration_seconds": 1.5}
+    usage = Usage(requests=1)
+    made = outcome_of_result(a_result(reason), usage=usage, **fields)
+    assert type(made) is AgentOutcome
+    assert made == an_outcome(reason, usage=usage, **fields)
+    assert hash(made) == hash(an_outcome(reason, usage=usage, **fields))
+    assert pickle.loads(pickle.dumps(made)) == made
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        made.error = "x"  # type: ignore[misc]
+    with pytest.raises(ValueError, match="attempts"):
+        attrs.evolve(made, attempts=-1)
+
+
+def test_a_snapshot_that_the_executor_makes_is_one_like_any_other() -> None:
+    made = progress_of_run("g", total=5, in_progress=1, succeeded=1, failed=1, parked=1)
+    assert type(made) is ParallelProgress
+    assert made == A_PROGRESS
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        made.total = 4  # type: ignore[misc]
+
+
+def test_a_class_that_extends_a_result_keeps_its_rules_and_its_type() -> None:
+    class Extended(AgentRunResult[int]):
+        pass
+
+    made = Extended(task_id="t", agent_id="a", termination_reason=TerminationReason.COMPLETED, output=1)
+    assert type(made) is Extended
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        made.output = 2  # type: ignore[misc]
+    with pytest.raises(ValueError, match="turns must be >= 0"):
+        attrs.evolve(made, turns=-1)
 
 
 @pytest.mark.parametrize(
