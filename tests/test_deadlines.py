@@ -1,4 +1,4 @@
-"""The task that watches the deadlines of a group's engine calls: each is cancelled when its time is over, none before."""
+"""The watch over the deadlines of engine calls: each is cancelled when its time is over, and none before."""
 
 import math
 

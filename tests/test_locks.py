@@ -145,6 +145,18 @@ async def test_a_part_of_a_lease_can_be_released_by_its_name() -> None:
 
 
 @pytest.mark.anyio
+async def test_one_holder_may_have_several_leases_and_give_each_back() -> None:
+    lock = InMemoryResourceLock()
+    first, second, third = [await lock.acquire_claims(claims(name), "one", timeout_seconds=0) for name in "abc"]
+    assert repr(lock) == "InMemoryResourceLock(holders=1, waiting=0)"
+    second.release()
+    assert [lock.holder_of(name) for name in "abc"] == ["one", None, "one"]
+    first.release()
+    third.release()
+    assert repr(lock) == "InMemoryResourceLock(holders=0, waiting=0)"
+    assert await lock.acquire("b", "two")
+
+
 async def test_shared_holders_go_together_and_do_not_starve_an_exclusive_one() -> None:
     lock = InMemoryResourceLock()
     order: list[str] = []
