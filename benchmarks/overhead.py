@@ -13,11 +13,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
 import anyio
 from attrs import evolve
+from frameworks import FRAMEWORKS, FRAMEWORKS_ONLY_ON, LANGGRAPH, NEEDS
 from peers import (
     AIOMETER,
     ANYIO,
@@ -37,7 +39,7 @@ SAMPLE_SECONDS = 0.3
 
 def overhead(name: str, count: int, at_once: int, backend: str) -> float:
     """Return the CPU microseconds per agent."""
-    make = PROGRAMS[name]
+    make = {**PROGRAMS, **FRAMEWORKS}[name]
     best, spent = float("inf"), 0.0
     anyio.run(make(200, at_once, backend), backend=backend)
     while spent < SAMPLE_SECONDS:
@@ -121,15 +123,20 @@ def run_sample(arguments: list[Any]) -> float:
     return overhead(*rest) if what == "overhead" else SINGLE[what](*rest)
 
 
+def missing() -> list[str]:
+    """Return the peers that are not installed."""
+    return [name for name, module in {AIOMETER: "aiometer", **NEEDS}.items() if importlib.util.find_spec(module) is None]
+
+
 def applies(name: str, backend: str) -> bool:
-    if name == AIOMETER and importlib.util.find_spec("aiometer") is None:
-        return False
-    return ONLY_ON.get(name, backend) == backend
+    return name not in missing() and (ONLY_ON | FRAMEWORKS_ONLY_ON).get(name, backend) == backend
 
 
-def table(count: int, at_once: int, backends: list[str], rounds: int) -> dict[tuple[str, str], float]:
-    """Measure every program on every backend, print a table, and return microseconds per agent."""
-    cases = [(name, backend) for backend in backends for name in PROGRAMS if applies(name, backend)]
+def table(
+    names: Iterable[str], count: int, at_once: int, backends: list[str], rounds: int
+) -> dict[tuple[str, str], float]:
+    """Measure programs on every backend, print a table, and return microseconds per agent."""
+    cases = [(name, backend) for backend in backends for name in names if applies(name, backend)]
     best = dict.fromkeys(cases, float("inf"))
     for _ in range(rounds):
         for name, backend in cases:
@@ -163,6 +170,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[10, 100], help="limits")
     parser.add_argument("--backends", nargs="+", default=["asyncio", "trio"], choices=["asyncio", "trio"])
     parser.add_argument("--rounds", type=int, default=3, help="samples of each case; the minimum counts")
+    parser.add_argument(
+        "--framework-counts", type=int, nargs="*", default=[1_000], help="agents in the groups beside frameworks"
+    )
     parser.add_argument("--scale", action="store_true", help="also 1,000 beside 1,000,000, cancelling, first agent")
     parser.add_argument("--sample", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -173,13 +183,18 @@ def main() -> None:
         f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} cores, "
         f"anyio {version('anyio')}, trio {version('trio')}"
     )
-    if not applies(AIOMETER, "asyncio"):
-        print("aiometer is not installed: left out")
+    for name in missing():
+        print(f"{name}: not installed, left out")
     for count in chosen.counts:
         for at_once in chosen.at_once:
-            best = table(count, at_once, chosen.backends, chosen.rounds)
+            best = table(PROGRAMS, count, at_once, chosen.backends, chosen.rounds)
             if count == 10_000:
                 show_aims(best, chosen.backends)
+    for count in chosen.framework_counts:
+        for at_once in chosen.at_once:
+            best = table([EXECUTOR, *FRAMEWORKS], count, at_once, chosen.backends, chosen.rounds)
+            if (LANGGRAPH, "asyncio") in best:
+                aim(f"asyncio: of {LANGGRAPH}", best[EXECUTOR, "asyncio"] / best[LANGGRAPH, "asyncio"], 0.02)
     if chosen.scale:
         show_scale(chosen.backends)
 
