@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from parallel_agents import (
     TerminationReason,
     Usage,
 )
+from parallel_agents.events import PARALLEL_AGENT_COMPLETE, PARALLEL_AGENT_START, ParallelEvent
 
 COUNT = 10_000
 AT_ONCE = 100
@@ -42,6 +44,7 @@ BARE = "no observer"
 API = "API alone, no SDK set up"
 NO_PROCESSOR = "SDK, spans that nobody processes, metrics that nobody reads"
 BATCHED = "SDK, spans in batches to an exporter that drops them"
+BY_HAND = "of which: the SDK's own calls, with as many attributes"
 
 
 async def one_millisecond(_assignment: AgentAssignment) -> None:
@@ -83,7 +86,7 @@ def observers_for(name: str) -> list[Any]:
     if name == BARE:
         return []
     from opentelemetry.sdk.metrics import MeterProvider  # noqa: PLC0415
-    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult  # noqa: PLC0415
 
     from parallel_agents.observers.otel import OpenTelemetryObserver  # noqa: PLC0415
@@ -93,13 +96,39 @@ def observers_for(name: str) -> list[Any]:
             del spans
             return SpanExportResult.SUCCESS
 
-    del ReadableSpan
     if name == API:
         return [OpenTelemetryObserver()]
+    if name == BY_HAND:
+        return [ByHand(TracerProvider(), MeterProvider())]
     tracers = TracerProvider()
     if name == BATCHED:
         tracers.add_span_processor(BatchSpanProcessor(Drop(), max_queue_size=2 * COUNT))
     return [OpenTelemetryObserver(tracer_provider=tracers, meter_provider=MeterProvider())]
+
+
+class ByHand:
+    """Makes for each agent the span and the duration that OpenTelemetryObserver does, and knows nothing of agents.
+
+    Args:
+        tracers: Where spans go.
+        meters: Where metrics go.
+    """
+
+    event_names = frozenset({PARALLEL_AGENT_START, PARALLEL_AGENT_COMPLETE})
+
+    def __init__(self, tracers: Any, meters: Any) -> None:
+        self._tracer = tracers.get_tracer("by hand")
+        self._durations = meters.get_meter("by hand").create_histogram("duration")
+        self._span: ContextVar[Any] = ContextVar("span")
+
+    def on_event(self, event: ParallelEvent) -> None:
+        if event.name == PARALLEL_AGENT_START:
+            span = self._tracer.start_span("agent", attributes={f"key.{n}": "value" for n in range(6)})
+            self._span.set(span)
+        else:
+            self._durations.record(1.0, {"workflow": "g", "status": "succeeded"})
+            self._span.get().set_attributes({"status": "succeeded"})
+            self._span.get().end()
 
 
 def telemetry(name: str, at_once: int, backend: str) -> tuple[float, float]:
@@ -192,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
     parser.add_argument("--backends", nargs="+", default=["asyncio", "trio"], choices=["asyncio", "trio"])
     parser.add_argument("--rounds", type=int, default=5, help="samples of each case; the minimum counts")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--sample", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.sample:
@@ -203,23 +233,37 @@ def main() -> None:
         f"anyio {version('anyio')}, trio {version('trio')}, rich {version('rich')}, "
         f"opentelemetry-sdk {version('opentelemetry-sdk')}"
     )
+    for case in chosen.cases:
+        SHOW[case](chosen.backends, chosen.rounds)
+
+
+def show_view(backends: list[str], rounds: int) -> None:
     print(f"\n{COUNT:,} agents of one millisecond: CPU time of the live view, as a share of the time the run takes")
-    for backend in chosen.backends:
+    for backend in backends:
         for at_once in (1, 10):
-            best = best_of("view", [QUIET, LIVE], at_once, backend, chosen.rounds)
+            best = best_of("view", [QUIET, LIVE], at_once, backend, rounds)
             cost, seconds = best[LIVE][0] - best[QUIET][0], best[QUIET][1]
             print(f"  {backend:8} {at_once:3} at once: {seconds:6.2f} s, with the view {best[LIVE][1]:6.2f} s")
             aim(f"{backend}, {at_once} at once", 100 * cost / seconds, 5, "%")
+
+
+def show_telemetry(backends: list[str], rounds: int) -> None:
     print(f"\n{COUNT:,} no-op agents, {AT_ONCE} at once: CPU microseconds that OpenTelemetryObserver adds to each")
-    for backend in chosen.backends:
-        best = best_of("telemetry", [BARE, API, NO_PROCESSOR, BATCHED], AT_ONCE, backend, chosen.rounds)
-        for name in (API, NO_PROCESSOR, BATCHED):
+    for backend in backends:
+        best = best_of("telemetry", [BARE, API, NO_PROCESSOR, BY_HAND, BATCHED], AT_ONCE, backend, rounds)
+        for name in (API, NO_PROCESSOR, BY_HAND, BATCHED):
             print(f"  {backend:8} {name:60} {(best[name][0] - best[BARE][0]) / COUNT * 1e6:7.2f}")
         aim(backend, (best[NO_PROCESSOR][0] - best[BARE][0]) / COUNT * 1e6, 30, "us")
+
+
+def show_page(_backends: list[str], rounds: int) -> None:
     print(f"\nThe page of {COUNT:,} agents")
-    written, opened = best_of("page", ["page"], AT_ONCE, "asyncio", chosen.rounds)["page"]
+    written, opened = best_of("page", ["page"], AT_ONCE, "asyncio", rounds)["page"]
     print(f"  written in {written:.2f} s")
     aim("open, until it is painted", opened, 2, "s")
+
+
+SHOW = {"view": show_view, "telemetry": show_telemetry, "page": show_page}
 
 
 if __name__ == "__main__":

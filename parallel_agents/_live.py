@@ -24,12 +24,9 @@ from ._context import RunContext, current_run
 from ._display import STYLES, Display, id_text
 from ._models import NO_USAGE, Usage
 from ._outcomes import AgentOutcome, OutcomeStatus
-from ._words import ID_CHARACTERS, duration_text, harmless, spent_text, status_text, waiting_text
+from ._words import ID_CHARACTERS, duration_text, error_line, harmless, spent_text, status_text, waiting_text
 from .events import (
     CHAT_REQUEST_RETRY,
-    PARALLEL_AGENT_CANCELLED,
-    PARALLEL_AGENT_COMPLETE,
-    PARALLEL_AGENT_ERROR,
     PARALLEL_AGENT_RETRY,
     PARALLEL_AGENT_START,
     PARALLEL_AGENT_WAITING,
@@ -52,7 +49,6 @@ _SUMS: Final = 3
 _STATE_COLUMNS: Final = max(len(status) for status in OutcomeStatus)
 """Wide enough for every state, so that nothing jumps."""
 
-_ENDS: Final = frozenset({PARALLEL_AGENT_COMPLETE, PARALLEL_AGENT_ERROR, PARALLEL_AGENT_CANCELLED})
 _RETRIES: Final = frozenset({PARALLEL_AGENT_RETRY, CHAT_REQUEST_RETRY})
 _TOOLS: Final = frozenset({TOOL_INVOKE_START, TOOL_INVOKE_SUCCESS, TOOL_INVOKE_ERROR})
 
@@ -103,7 +99,7 @@ class LiveDisplay(Display):
         clock: Tells the time in seconds.
     """
 
-    event_names = _ENDS | _RETRIES | _TOOLS | {PARALLEL_GROUP_START, PARALLEL_AGENT_START, PARALLEL_AGENT_WAITING}
+    event_names = _RETRIES | _TOOLS | {PARALLEL_GROUP_START, PARALLEL_AGENT_START, PARALLEL_AGENT_WAITING}
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -143,8 +139,6 @@ class LiveDisplay(Display):
             if event.name == PARALLEL_AGENT_START:
                 agent = self._agent(event)
                 agent.run, agent.doing = current_run(), ""
-            elif event.name in _ENDS:
-                self._end(event)
             elif event.name == PARALLEL_AGENT_WAITING:
                 self._agent(event).doing = f"for {waiting_text(event)}"
             elif event.name == PARALLEL_GROUP_START:
@@ -160,30 +154,17 @@ class LiveDisplay(Display):
         agent.since = self._clock()
         return agent
 
-    def _end(self, event: ParallelEvent) -> None:
-        fields = event.fields
-        self._tokens += fields["input_tokens"] + fields["output_tokens"]
-        self._cost += fields["cost"]
-        agent = self._agents[event.task_id]
-        agent.seconds = fields["duration_seconds"]
-        status = OutcomeStatus(fields["status"])
-        self._counts[status] += 1
-        self._leave(event.task_id, status, fields.get("error"))
-
-    def _leave(self, task_id: str | None, status: OutcomeStatus, error: str | None) -> None:
-        """Take an agent out of those that wait or run."""
-        agent = self._agents.pop(task_id)
-        agent.status, agent.since = status, self._clock()
-        agent.doing = harmless(" ".join((error or "").split()), 200)
-        self._ended.append(agent)
-
     def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
-        """Take note of an agent that gave up waiting; of all others an event tells."""
+        """Take note of what came of an agent: events of ends, which tell the same, are not asked for."""
         with self._guard:
-            if outcome.started_after_seconds is None:
-                self._counts[outcome.status] += 1
-                if outcome.task_id in self._agents:
-                    self._leave(outcome.task_id, outcome.status, outcome.error)
+            self._counts[outcome.status] += 1
+            self._tokens += outcome.usage.input_tokens + outcome.usage.output_tokens
+            self._cost += outcome.usage.cost
+            agent = self._agents.pop(outcome.task_id, None)
+            if agent is not None:
+                agent.status, agent.since, agent.seconds = outcome.status, self._clock(), outcome.duration_seconds
+                agent.doing = error_line(outcome)
+                self._ended.append(agent)
 
     def say(self, text: str) -> None:
         """Print a line above the live part."""
