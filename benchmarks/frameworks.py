@@ -51,15 +51,15 @@ def langgraph_send(count: int, at_once: int, backend: str) -> Program:
 
 def pydantic_graph(count: int, at_once: int, backend: str) -> Program:
     """A map and a join; it has no limit of its own, so that each step waits for an anyio one."""
-    from pydantic_graph import GraphBuilder, StepContext, reduce_list_append  # noqa: PLC0415
+    from pydantic_graph import GraphBuilder, reduce_list_append  # noqa: PLC0415
 
     checkpoint = checkpoint_of(backend)
-    builder = GraphBuilder(deps_type=anyio.CapacityLimiter, input_type=list[int], output_type=list[int])
+    builder: Any = GraphBuilder(deps_type=anyio.CapacityLimiter, input_type=list[int], output_type=list[int])
 
-    async def work(step: StepContext[None, anyio.CapacityLimiter, int]) -> int:
+    async def work(step: Any) -> int:
         async with step.deps:
             await checkpoint()
-        return step.inputs
+        return int(step.inputs)
 
     node = builder.step(work, node_id="work")
     join = builder.join(reduce_list_append, initial_factory=list[int])
@@ -118,9 +118,10 @@ def _silent_model(checkpoint: Checkpoint) -> Any:
 
 @cache
 def _dask_client(at_once: int) -> Any:
-    from dask.distributed import Client  # noqa: PLC0415
+    from dask import distributed  # noqa: PLC0415
 
-    return Client(processes=False, n_workers=1, threads_per_worker=at_once, dashboard_address=None)
+    make_client: Any = distributed.Client
+    return make_client(processes=False, n_workers=1, threads_per_worker=at_once, dashboard_address=None)
 
 
 def dask_map(count: int, at_once: int, backend: str) -> Program:

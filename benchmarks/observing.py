@@ -1,4 +1,4 @@
-"""What it costs to watch: the live view, OpenTelemetry, and the page of a run: ``python benchmarks/observing.py --help``.
+"""What it costs to watch: the live view, OpenTelemetry, the page of a run: ``python benchmarks/observing.py --help``.
 
 Costs are differences in CPU time between a run that is watched and one that is not: a fresh process for each sample,
 rounds interleaved, the minimum of each. The live view draws a terminal of 120 by 40 into a device that throws it away.

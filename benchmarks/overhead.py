@@ -19,7 +19,7 @@ from typing import Any
 
 import anyio
 from attrs import evolve
-from frameworks import FRAMEWORKS, FRAMEWORKS_ONLY_ON, LANGGRAPH, NEEDS
+from frameworks import FRAMEWORKS, FRAMEWORKS_ONLY_ON, NEEDS
 from peers import (
     AIOMETER,
     ANYIO,
@@ -125,7 +125,9 @@ def run_sample(arguments: list[Any]) -> float:
 
 def missing() -> list[str]:
     """Return the peers that are not installed."""
-    return [name for name, module in {AIOMETER: "aiometer", **NEEDS}.items() if importlib.util.find_spec(module) is None]
+    return [
+        name for name, module in {AIOMETER: "aiometer", **NEEDS}.items() if importlib.util.find_spec(module) is None
+    ]
 
 
 def applies(name: str, backend: str) -> bool:
@@ -192,9 +194,7 @@ def main() -> None:
                 show_aims(best, chosen.backends)
     for count in chosen.framework_counts:
         for at_once in chosen.at_once:
-            best = table([EXECUTOR, *FRAMEWORKS], count, at_once, chosen.backends, chosen.rounds)
-            if (LANGGRAPH, "asyncio") in best:
-                aim(f"asyncio: of {LANGGRAPH}", best[EXECUTOR, "asyncio"] / best[LANGGRAPH, "asyncio"], 0.02)
+            table([EXECUTOR, *FRAMEWORKS], count, at_once, chosen.backends, chosen.rounds)
     if chosen.scale:
         show_scale(chosen.backends)
 
