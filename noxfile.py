@@ -212,8 +212,8 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0], default=False)
 def bench(session: nox.Session) -> None:
-    """Measure the overhead per agent beside its peers; takes minutes, and wants a quiet machine."""
-    session.install("-q", ".[trio,retry,chat]", *_group("bench"))
-    session.run("python", "benchmarks/overhead.py", *session.posargs)
-    session.run("python", "benchmarks/wrappers.py")
-    session.run("python", "benchmarks/chat.py")
+    """Measure all that the page about performance says, beside all peers; half an hour on a quiet machine."""
+    session.install("-q", ".[trio,retry,chat,cli,otel]", *_group("bench"))
+    _install_browser(session)
+    for name in ("overhead", "behaviour", "wrappers", "locks", "flow", "durable", "chat", "observing"):
+        session.run("python", f"benchmarks/{name}.py", *(session.posargs or ["--scale"] if name == "overhead" else ()))

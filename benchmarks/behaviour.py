@@ -46,6 +46,22 @@ async def task_group(work: Work, count: int, at_once: int) -> list[Any]:
     return done
 
 
+async def nursery(work: Work, count: int, at_once: int) -> list[Any]:
+    import trio  # noqa: PLC0415 - of one case only
+
+    limiter = trio.CapacityLimiter(at_once)
+    done: list[Any] = [None] * count
+
+    async def one(number: int) -> None:
+        async with limiter:
+            done[number] = await work(number)
+
+    async with trio.open_nursery() as tasks:
+        for number in range(count):
+            tasks.start_soon(one, number)
+    return done
+
+
 async def aiometer_all(work: Work, count: int, at_once: int) -> list[Any]:
     import aiometer  # noqa: PLC0415 - of one case only
 
@@ -117,6 +133,7 @@ async def parallel_agents(work: Work, count: int, at_once: int) -> list[Any]:
 PEERS: dict[str, FanOut] = {
     "gather + Semaphore": gather,
     "anyio group + CapacityLimiter": task_group,
+    "trio nursery + CapacityLimiter": nursery,
     "aiometer.run_all": aiometer_all,
     "LangGraph Send": langgraph_send,
     "pydantic-graph map + join": pydantic_graph,
@@ -184,6 +201,7 @@ CASES: dict[str, tuple[str, Callable[[FanOut], Awaitable[str]]]] = {
     "one fails": ("asyncio", lambda peer: after(peer, fail)),
     "one raises CancelledError": ("asyncio", lambda peer: after(peer, cancel_itself)),
     "all is well, trio": ("trio", well),
+    "one fails, trio": ("trio", lambda peer: after(peer, fail)),
 }
 
 
@@ -214,7 +232,7 @@ def main() -> None:
                 said = "still not back after 30 seconds"
             except (IndexError, ValueError):
                 said = f"ended with exit code {done.returncode}"
-            print(f"  {name:30} {said}")
+            print(f"  {name:32} {said}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """How the documentation is built: ``nox -s docs``."""
 
+import sys
+from pathlib import Path
+
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
@@ -11,10 +14,13 @@ project = "parallel_agents"
 author = "The parallel_agents maintainers"
 copyright = "2026, The parallel_agents maintainers"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+sys.path.append(str(Path(__file__).parent / "extensions"))
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "picture", "proofs"]
 exclude_patterns = ["_build", "schema"]
 myst_heading_anchors = 3
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_title = "parallel_agents"
 
 autodoc_member_order = "bysource"
