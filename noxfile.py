@@ -205,9 +205,11 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
-    """Build the documentation; every warning and every reference that leads nowhere is an error."""
+    """Build the documentation, where every warning is an error, and look at it in a browser."""
     session.install("-q", ".[cli,retry,chat,mcp,otel]", *_group("docs"), *_group("tests"), *_group("frameworks"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
+    _install_browser(session)
+    session.run("pytest", "docs/test_site.py", "-o", "pythonpath=tests docs", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0], default=False)

@@ -15,7 +15,7 @@ author = "The parallel_agents maintainers"
 copyright = "2026, The parallel_agents maintainers"
 
 sys.path.append(str(Path(__file__).parent / "extensions"))
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "picture", "proofs"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "picture", "proofs", "ratios"]
 exclude_patterns = ["_build", "schema"]
 myst_heading_anchors = 3
 html_theme = "furo"

@@ -5,6 +5,7 @@ or, where they define tests, one module of tests.
 """
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -17,9 +18,17 @@ from parallel_agents.testing.stepping import installed_backends
 
 DOCS = ROOT / "docs"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
     *sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
 ]
+
+
+DIRECTIVES = ["eval-rst", "include", "literalinclude", "ratios", "run-picture", "toctree"]
+RUN_AS = ["console", "output", "python", "toml", *(f"{{{name}}}" for name in DIRECTIVES)]
+"""What blocks are written in, and a test here or of the examples runs, compares or resolves."""
+
+FIGURES_AND_DRAWINGS = ["benchmarks/README.md", "docs/design.md"]
+"""Pages with blocks of plain text, of which nothing can be run."""
 
 
 def name_of(page: Path) -> str:
@@ -36,6 +45,34 @@ def tests(page: Path) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     return "".join(blocks(page, "console")).splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_block_of_a_page_escapes_the_tests(page: Path) -> None:
+    text = page.read_text("utf-8")
+    openings = re.findall(r"^([ >]*)(```+|~~~+)(.*)$", text, flags=re.MULTILINE)
+    assert {(indent, fence) for indent, fence, _ in openings} <= {("", "```")}
+    assert {what for _, _, what in openings[1::2]} <= {""}
+    written_in = {what.split(" ")[0] for _, _, what in openings[::2]}
+    assert written_in <= {*RUN_AS, *(["text"] if name_of(page) in FIGURES_AND_DRAWINGS else [])}
+
+
+def test_pages_that_are_included_are_tested_themselves() -> None:
+    included = re.findall(r"^```\{include\} (.+)$", "\n".join(p.read_text("utf-8") for p in PAGES), flags=re.MULTILINE)
+    assert {(DOCS / name).resolve() for name in included} <= {page.resolve() for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_the_command_line_understands_the_commands_of_a_page(page: Path) -> None:
+    pytest.importorskip("cyclopts")
+    from parallel_agents._commands import app  # noqa: PLC0415 - of an extra
+
+    for line in commands(page):
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["parallel-agents"]:
+            app.parse_args(words[1:], print_error=False, exit_on_error=False)
+        elif words[:2] == ["nox", "-s"]:
+            assert f"def {words[2]}(" in (ROOT / "noxfile.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
