@@ -6,6 +6,7 @@ or, where they define tests, one module of tests.
 
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from programs import BACKENDS, ROOT, run_program
 
 from parallel_agents import events
+from parallel_agents.engines.worktree import WorktreeEngine
 from parallel_agents.plan import load_plan
 from parallel_agents.testing.stepping import installed_backends
 
@@ -24,8 +26,11 @@ PAGES = [
 
 
 DIRECTIVES = ["eval-rst", "include", "literalinclude", "ratios", "run-picture", "toctree"]
-RUN_AS = ["console", "output", "python", "toml", *(f"{{{name}}}" for name in DIRECTIVES)]
-"""What blocks are written in, and a test here or of the examples runs, compares or resolves."""
+RUN_AS = ["console", "python", *(f"{{{name}}}" for name in DIRECTIVES)]
+"""What blocks are written in that a test here or of the examples runs, or the build of the site resolves."""
+
+PAGES_WITH_PLANS = ["docs/howto/plans.md", "docs/howto/worktrees.md"]
+"""Pages with blocks of TOML; each has its test below."""
 
 FIGURES_AND_DRAWINGS = ["benchmarks/README.md", "docs/design.md"]
 """Pages with blocks of plain text, of which nothing can be run."""
@@ -54,7 +59,10 @@ def test_no_block_of_a_page_escapes_the_tests(page: Path) -> None:
     assert {(indent, fence) for indent, fence, _ in openings} <= {("", "```")}
     assert {what for _, _, what in openings[1::2]} <= {""}
     written_in = {what.split(" ")[0] for _, _, what in openings[::2]}
-    assert written_in <= {*RUN_AS, *(["text"] if name_of(page) in FIGURES_AND_DRAWINGS else [])}
+    allowed = {*RUN_AS, *(["output"] if "python" in written_in else [])}
+    allowed |= {"toml"} if name_of(page) in PAGES_WITH_PLANS else set()
+    allowed |= {"text"} if name_of(page) in FIGURES_AND_DRAWINGS else set()
+    assert written_in - allowed == set()
 
 
 def test_pages_that_are_included_are_tested_themselves() -> None:
@@ -101,6 +109,15 @@ def test_the_plan_of_the_page_about_plans_can_be_run(tmp_path: Path) -> None:
         (tmp_path / "src" / f"{name}.py").touch()
     assignments = load_plan(tmp_path / "plan.toml").group.assignments
     assert [a.task_id for a in assignments] == ["first", "check-first-1", "check-second-2"]
+
+
+def test_the_part_of_a_plan_on_the_page_about_worktrees_fits_into_one(tmp_path: Path) -> None:
+    (part,) = blocks(DOCS / "howto" / "worktrees.md", "toml")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    engine = '[engine]\nkind = "process"\ncommand = ["true"]\n'
+    assignment = '[[assignments]]\nagent = "a"\ntask = { id = "t" }\n'
+    (tmp_path / "plan.toml").write_text(f'group_id = "g"\n{engine}{assignment}{part}', "utf-8")
+    assert isinstance(load_plan(tmp_path / "plan.toml").engine, WorktreeEngine)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
