@@ -4,9 +4,11 @@ All ``python`` blocks of a page are one program, and all its ``output`` blocks t
 or, where they define tests, one module of tests.
 """
 
+import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -32,8 +34,8 @@ RUN_AS = ["console", "python", *(f"{{{name}}}" for name in DIRECTIVES)]
 PAGES_WITH_PLANS = ["docs/howto/plans.md", "docs/howto/worktrees.md"]
 """Pages with blocks of TOML; each has its test below."""
 
-FIGURES_AND_DRAWINGS = ["benchmarks/README.md", "docs/design.md"]
-"""Pages with blocks of plain text, of which nothing can be run."""
+PAGES_WITH_TEXT = ["benchmarks/README.md", "docs/design.md", "docs/howto/testing.md"]
+"""Pages with blocks of plain text: figures, a drawing, and what a test says, which has its test below."""
 
 
 def name_of(page: Path) -> str:
@@ -61,7 +63,7 @@ def test_no_block_of_a_page_escapes_the_tests(page: Path) -> None:
     written_in = {what.split(" ")[0] for _, _, what in openings[::2]}
     allowed = {*RUN_AS, *(["output"] if "python" in written_in else [])}
     allowed |= {"toml"} if name_of(page) in PAGES_WITH_PLANS else set()
-    allowed |= {"text"} if name_of(page) in FIGURES_AND_DRAWINGS else set()
+    allowed |= {"text"} if name_of(page) in PAGES_WITH_TEXT else set()
     assert written_in - allowed == set()
 
 
@@ -109,6 +111,24 @@ def test_the_plan_of_the_page_about_plans_can_be_run(tmp_path: Path) -> None:
         (tmp_path / "src" / f"{name}.py").touch()
     assignments = load_plan(tmp_path / "plan.toml").group.assignments
     assert [a.task_id for a in assignments] == ["first", "check-first-1", "check-second-2"]
+
+
+def run_tests(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "test_page.py").write_text(program, "utf-8")
+    chosen = [] if importlib.util.find_spec("trio") else ["-k", "asyncio"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen, "test_page.py"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60, check=False)
+
+
+def test_the_tests_of_the_page_about_testing_pass_and_fail_as_it_says(tmp_path: Path) -> None:
+    page = DOCS / "howto" / "testing.md"
+    program = "\n".join(blocks(page, "python"))
+    passed = run_tests(program, tmp_path)
+    assert passed.returncode == 0, passed.stdout
+    (said,) = blocks(page, "text")
+    failed = run_tests(program.replace('"b": "failed"', '"b": "succeeded"'), tmp_path)
+    assert failed.returncode == 1
+    assert all(line in failed.stdout for line in said.splitlines()), failed.stdout
 
 
 def test_the_part_of_a_plan_on_the_page_about_worktrees_fits_into_one(tmp_path: Path) -> None:
