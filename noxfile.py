@@ -209,7 +209,7 @@ def docs(session: nox.Session) -> None:
     session.install("-q", ".[cli,retry,chat,mcp,otel]", *_group("docs"), *_group("tests"), *_group("frameworks"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
     _install_browser(session)
-    session.run("pytest", "docs/test_site.py", "-o", "pythonpath=tests docs", *session.posargs)
+    session.run("pytest", "docs/test_site.py", "-o", "pythonpath=tests docs/extensions", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0], default=False)

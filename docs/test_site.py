@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from browser import chromium
-from extensions.picture import both
-from extensions.proofs import TESTS, proofs, sentence
-from extensions.ratios import FIGURES, OURS, ratios
+from picture import both
 from playwright.sync_api import Browser
+from proofs import TESTS, proofs, sentence
+from ratios import FIGURES, OURS, ratios
 from test_promises import PROMISES, promised, proved_by_file
 
 SITE = Path(__file__).parent / "_build" / "html"
