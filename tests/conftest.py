@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from parallel_agents.testing import virtual_time
 
 pytest_plugins = ["pytester"]
+
+# a busy machine is no failure
+hypothesis.settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any speed")
 
 BACKENDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "asyncio": lambda: ("asyncio", {"debug": True}),
