@@ -4,11 +4,9 @@ All ``python`` blocks of a page are one program, and all its ``output`` blocks t
 or, where they define tests, one module of tests.
 """
 
-import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -46,7 +44,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-def tests(page: Path) -> list[str]:
+def names_of_tests(page: Path) -> list[str]:
     return [name for block in blocks(page, "python") for name in re.findall(r"def (test_\w+)", block)]
 
 
@@ -86,21 +84,23 @@ def test_the_command_line_understands_the_commands_of_a_page(page: Path) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and not tests(page)], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python") and not names_of_tests(page)], ids=name_of
+)
 def test_the_program_of_a_page_prints_what_the_page_says(page: Path, backend: str, tmp_path: Path) -> None:
     program = tmp_path / f"{page.stem}.py"
     program.write_text("\n".join(blocks(page, "python")), "utf-8")
     assert run_program(program, backend, cwd=tmp_path) == "".join(blocks(page, "output"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if tests(page)], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if names_of_tests(page)], ids=name_of)
 def test_the_tests_of_a_page_pass(page: Path, pytester: pytest.Pytester) -> None:
     pytester.makepyfile("\n".join(blocks(page, "python")))
     on_what_there_is = () if "trio" in installed_backends() else ("-k", "not trio")
     run = pytester.runpytest_subprocess("-q", "-W", "error", *on_what_there_is)
     assert run.ret == 0, run.stdout.str()
     passed = run.parseoutcomes()["passed"]
-    assert passed > len(tests(page))  # those of a contract are not in the page
+    assert passed > len(names_of_tests(page))  # those of a contract are not in the page
 
 
 def test_the_plan_of_the_page_about_plans_can_be_run(tmp_path: Path) -> None:
@@ -113,22 +113,14 @@ def test_the_plan_of_the_page_about_plans_can_be_run(tmp_path: Path) -> None:
     assert [a.task_id for a in assignments] == ["first", "check-first-1", "check-second-2"]
 
 
-def run_tests(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    (folder / "test_page.py").write_text(program, "utf-8")
-    chosen = [] if importlib.util.find_spec("trio") else ["-k", "asyncio"]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen, "test_page.py"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60, check=False)
-
-
-def test_the_tests_of_the_page_about_testing_pass_and_fail_as_it_says(tmp_path: Path) -> None:
+def test_a_test_of_the_page_about_testing_fails_as_it_says(pytester: pytest.Pytester) -> None:
     page = DOCS / "howto" / "testing.md"
-    program = "\n".join(blocks(page, "python"))
-    passed = run_tests(program, tmp_path)
-    assert passed.returncode == 0, passed.stdout
+    wrong = "\n".join(blocks(page, "python")).replace('"b": "failed"', '"b": "succeeded"')
+    pytester.makepyfile(wrong)
+    run = pytester.runpytest_subprocess("-q", "-k", "others_go_on and asyncio")
+    assert run.parseoutcomes()["failed"] == 1
     (said,) = blocks(page, "text")
-    failed = run_tests(program.replace('"b": "failed"', '"b": "succeeded"'), tmp_path)
-    assert failed.returncode == 1
-    assert all(line in failed.stdout for line in said.splitlines()), failed.stdout
+    assert all(line in run.stdout.str() for line in said.splitlines())
 
 
 def test_the_part_of_a_plan_on_the_page_about_worktrees_fits_into_one(tmp_path: Path) -> None:
