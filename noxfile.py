@@ -60,7 +60,6 @@ TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"], *EXTRAS["mcp
 nox.needs_version = ">=2025.5"
 nox.options.error_on_external_run = True
 nox.options.download_python = "never"
-nox.options.sessions = ["lint", "typing", "docs", "no_trio", "coverage", "model", "tests"]
 
 
 def _resolve(python: Path) -> Path | None:
@@ -99,6 +98,9 @@ def _installed_pythons() -> list[str]:
 
 
 PYTHONS = _installed_pythons()
+
+TESTS = [f"tests-{version}" for version in PYTHONS[1:]]  # the session "coverage" runs all tests on the first
+nox.options.sessions = ["lint", "typing", "docs", "no_trio", "coverage", "model", *TESTS]
 
 
 def _group(name: str) -> list[str]:
