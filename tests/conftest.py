@@ -28,6 +28,12 @@ BACKENDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("proof")
+    group.addoption("--proof", choices=["few", "short", "long"], default="short", help="how much tests/proof tries")
+    group.addoption("--proof-seed", type=int, default=1, help="where the proofs start to count")
+
+
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """The backends of every test marked ``anyio``; ``virtual`` ones have a clock that jumps instead of sleeping."""
