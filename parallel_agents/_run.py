@@ -572,6 +572,9 @@ class GroupRun(Generic[T]):
             slot = None if limiter is None else Slot(limiter)
             if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
+                if scope.cancel_called:  # dismissed after it was given the slot: no agent may run in a cancelled scope
+                    slot.give_back()
+                    break
                 now = clock()
             position = self._take(slot)
             if position is None:

@@ -673,6 +673,19 @@ async def check_that_everybody_runs(
     assert not running
 
 
+@pytest.mark.proves("X4", "X8", "L3")
+@pytest.mark.parametrize("anyio_backend", ["asyncio-virtual", "trio-virtual"], indirect=True)
+async def test_whoever_waits_for_room_and_is_sent_away_as_he_gets_it_runs_nothing() -> None:
+    async def agent(of: AgentAssignment) -> None:
+        await anyio.sleep(int(of.task_id[1:]) % 2)
+
+    group = waiting(*((("r",) if n % 3 == 0 else ()) for n in range(12)))
+    executor = ParallelExecutor(engine=agent, limiter=anyio.CapacityLimiter(4))
+    with anyio.fail_after(30):
+        result = await executor.execute_group(group)
+    assert [outcome.error for outcome in result.outcomes] == [None] * 12
+
+
 async def test_ten_thousand_that_want_the_same_need_few_tasks() -> None:
     tasks = 0
 
