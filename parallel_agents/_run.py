@@ -175,7 +175,7 @@ class GroupRun(Generic[T]):
         self._settings = settings
         self._assignments = assignments
         self._admission = self._make_admission()
-        self._successes_matter = group.stop_after_successes is not None or self._admission.has_prerequisites
+        self._successes_matter = self._admission.has_prerequisites
         self._outcomes: list[AgentOutcome[T] | None] = [None] * len(assignments)
         self._order: list[int] = []
         self._news: anyio.Event | None = None
@@ -898,14 +898,14 @@ class GroupRun(Generic[T]):
             self._failed += 1
         if self._is_watched or self._news is not None:
             self._tell_news()
-        if self._stopped is None and (self._successes_matter or outcome.status is not OutcomeStatus.SUCCEEDED):
+        if outcome.status is OutcomeStatus.SUCCEEDED and self._succeeded == self.group.stop_after_successes:
+            self._stop_all(ENOUGH)  # whatever stopped the others from starting before
+        elif self._stopped is None and (self._successes_matter or outcome.status is not OutcomeStatus.SUCCEEDED):
             self._follow(position, outcome)
 
     def _follow(self, position: int, outcome: AgentOutcome[T]) -> None:
         """Let an outcome have its consequences for those that have not started."""
         if outcome.status is OutcomeStatus.SUCCEEDED:
-            if self._succeeded == self.group.stop_after_successes:
-                self._stop_all(ENOUGH)
             self._admission.satisfy(position)
             if self._admission.passed_over:
                 self._note_passed_over()

@@ -361,6 +361,18 @@ async def test_after_enough_successes_the_rest_is_cancelled_or_skipped() -> None
 
 
 @pytest.mark.proves("X14")
+async def test_enough_successes_cancel_what_runs_although_the_budget_is_spent() -> None:
+    async def agent(of: AgentAssignment) -> None:
+        if of.task_id == "t0":
+            await anyio.sleep_forever()
+        current_run().record_usage(Usage(cost=1))
+
+    result = await run(group_of(3, max_concurrency=2, stop_after_successes=1, budget=Budget(max_cost=1)), agent)
+    assert statuses(result) == [CANCELLED, SUCCEEDED, SKIPPED]
+    assert result.outcomes[0].error == "Cancelled: enough agents succeeded"
+
+
+@pytest.mark.proves("X14")
 @pytest.mark.parametrize(
     ("budget", "usage"),
     [(Budget(max_cost=2.0), Usage(cost=1.0)), (Budget(max_tokens=20), Usage(input_tokens=4, output_tokens=6))],
