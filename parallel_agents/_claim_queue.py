@@ -10,7 +10,7 @@ Knows no locks, no tasks and no file system.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -95,6 +95,24 @@ class ClaimQueue(Generic[O]):
             other.waits_for = None
             self._watch(other)
         return [other for other in watching if other.waits_for is None]
+
+    def forget(self, owner: O, *, except_for: Container[Ticket[O]]) -> None:
+        """Take back whatever is noted of *owner*, of tickets that were half entered or half taken back as well.
+
+        Looks through all that is noted. Afterwards those that wait have to ``look_again()``.
+        """
+        for resource, shelves in tuple(self._noted.items()):
+            for how, tickets in enumerate(shelves):
+                kept = ((t, n) for t, n in (tickets or {}).items() if t.owner != owner or t in except_for)
+                shelves[how] = OrderedDict(kept) or None
+            if not any(shelves):
+                del self._noted[resource]
+
+    def look_again(self, ticket: Ticket[O]) -> bool:
+        """Find out anew what is in the way of a ticket; return whether it is clear."""
+        ticket.waits_for = None
+        self._watch(ticket)
+        return ticket.waits_for is None
 
     def in_the_way_of(self, ticket: Ticket[O], *, newest_first: bool = False) -> tuple[Ticket[O], str] | None:
         """Return an earlier ticket of another owner that is in the way, and the claimed resource over which."""

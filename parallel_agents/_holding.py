@@ -12,6 +12,7 @@ import anyio
 
 from ._claim_queue import ClaimQueue, find_overlap
 from ._claims import ResourceClaim
+from ._endings import fatal_in, order_to_end
 from ._errors import ParallelAgentsError, ResourceConflictError
 from ._models import AgentAssignment, ClaimPolicy, GroupOptions
 from .events import PARALLEL_LOCK_RELEASE_ERROR, GroupEvents, error_text
@@ -80,6 +81,7 @@ class HeldClaims:
         self._execution = secrets.token_hex(8)
         self._claimed: dict[int, AgentAssignment] = {}
         self._unfinished: list[Awaitable[None]] = []
+        self._struck: list[str] = []  # holders of locks that an exception may have left half given back
         self.are_needed = False
         """Whether any assignment claims anything."""
         self.leases: dict[int, HeldLease] = {}
@@ -125,6 +127,9 @@ class HeldClaims:
             self.leases[position] = lock.take_at_once(claims, holder, is_told=self._events.are_heard)
         except ResourceConflictError as error:
             raise self._told_by_agents(error, assignment) from error
+        except BaseException:  # it may have come between what the lock took and what it handed over
+            self._struck.append(holder)
+            raise
 
     async def take(self, position: int, timeout_seconds: float | None) -> None:
         """Take the claims of one assignment, or none of them.
@@ -144,8 +149,11 @@ class HeldClaims:
         except ResourceConflictError as error:
             await self._give_back_now(position)  # noqa: ASYNC120 - it is shielded
             raise self._told_by_agents(error, assignment) from error
-        except BaseException:
+        except BaseException as error:
             await self._give_back_now(position)  # noqa: ASYNC102 - it is shielded and bounded itself
+            if fatal_in(error) or order_to_end(error, anyio.get_cancelled_exc_class()):
+                # it may have come between what the lock took and what it handed over
+                await self.finish(self._lock.release_all(holder))  # noqa: ASYNC102 - the same
             raise
 
     def _holder_of(self, assignment: AgentAssignment) -> str:
@@ -165,19 +173,26 @@ class HeldClaims:
 
     def give_back(self, position: int) -> Awaitable[None] | None:
         """Give back what one assignment holds; return what is left to wait for, with ``finish()``, if anything."""
-        lease = self.leases.pop(position, None)
+        lease = self.leases.get(position)
         if lease is None:
             return None
         try:
-            return lease.release()
+            pending = lease.release()
         except Exception as error:  # noqa: BLE001 - whatever a user's lock raises
+            if fatal_in(error) is not None:
+                self._struck.append(lease.holder)
             self._note(error)
-            return None
+            pending = None
+        except BaseException:
+            self._struck.append(lease.holder)
+            raise
+        self.leases.pop(position, None)  # only now: until then give_back_all() finds it
+        return pending
 
     @property
     def are_owed(self) -> bool:
         """Whether ``give_back_all()`` has something to wait for."""
-        return bool(self._unfinished)
+        return bool(self._unfinished or self._struck)
 
     def give_back_later(self, position: int) -> None:
         """Give back what one assignment holds; what there is to wait for is left to ``give_back_all()``."""
@@ -185,7 +200,7 @@ class HeldClaims:
         if pending is not None:
             self._unfinished.append(pending)
 
-    async def finish(self, pending: Awaitable[None]) -> None:
+    async def finish(self, pending: Awaitable[object]) -> None:
         """Wait until the locks are given back, for ``RELEASE_SECONDS`` at most. Shielded from cancellation."""
         try:
             with anyio.fail_after(RELEASE_SECONDS, shield=True):
@@ -195,6 +210,10 @@ class HeldClaims:
 
     async def give_back_all(self) -> None:
         """Give back whatever is still held. Shielded from cancellation, bounded like ``finish()``."""
+        while self._struck:
+            holder = self._struck.pop()
+            self.leases = {position: lease for position, lease in self.leases.items() if lease.holder != holder}
+            await self.finish(self._lock.release_all(holder))
         for position in tuple(self.leases):
             self.give_back_later(position)
         while self._unfinished:
@@ -214,7 +233,7 @@ class _PlainLease:
         self._lock = lock
         self.claims = tuple(claims)
         self._resources = sorted(claim.resource for claim in claims)
-        self._holder = holder
+        self.holder = holder
         self._attempted: list[str] = []
 
     async def take(self, timeout_seconds: float | None) -> None:
@@ -226,7 +245,7 @@ class _PlainLease:
             await self.release()
             now = anyio.current_time()
             if now >= deadline:
-                raise ResourceConflictError(refused, current or "another holder", self._holder)
+                raise ResourceConflictError(refused, current or "another holder", self.holder)
             pause_ends = now + pause * random.uniform(0.5, 1)  # noqa: S311 - so that two who met do not meet again
             await anyio.sleep_until(min(pause_ends, deadline))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
@@ -235,7 +254,7 @@ class _PlainLease:
         """Take what can be taken, in sorted order, so that two who want the same meet at the first of it."""
         for resource in self._resources:
             self._attempted.append(resource)  # before the await: it may be held although the call did not return
-            if not await self._lock.acquire(resource, self._holder):
+            if not await self._lock.acquire(resource, self.holder):
                 self._attempted.pop()
                 return resource
         return None
@@ -247,7 +266,7 @@ class _PlainLease:
             try:
                 # each has its share of the time, so that one that hangs does not keep the others
                 with anyio.fail_after(RELEASE_SECONDS / len(attempted)):
-                    await self._lock.release(resource, self._holder)
+                    await self._lock.release(resource, self.holder)
             except Exception as error:  # noqa: BLE001 - told later; the other locks must be tried too
                 error.add_note(f"while giving back {resource!r}")
                 errors.append(error)

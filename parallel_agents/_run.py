@@ -51,7 +51,7 @@ from ._outcomes import (
     progress_of_run,
 )
 from ._shutdown import ShutdownManager
-from ._slots import Slot
+from ._slots import Slot, give_back_slots_of
 from .engines._metering import difference, larger
 from .engines._protocol import AgentEngine, ChecksAssignments
 from .events import (
@@ -201,6 +201,7 @@ class GroupRun(Generic[T]):
                 self._claims.add(position, assignment)
         self._enclosing = _enclosing_call()
         self._depth: int = 1 if self._enclosing is None else self._enclosing.run._depth + 1
+        self._has_begun = False
         self._is_watched = False
         self._context: Context = copy_context()
 
@@ -334,7 +335,11 @@ class GroupRun(Generic[T]):
             async with self._working():
                 yield self
         except BaseException as error:
-            self._context.run(self._tell_complete, self._status_after(error))
+            status = self._status_after(error)
+            if self._has_begun and self._result is None:  # it struck on the way in, or while the group was closed
+                await self._close()  # noqa: ASYNC102 - it waits for what is shielded and bounded itself
+            await self._claims.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
+            self._context.run(self._tell_complete, status)
             self._raise_orders_to_end()
             for problem in self._claims.errors:
                 error.add_note(f"A lock could not be given back: {error_text(problem)}")
@@ -366,6 +371,7 @@ class GroupRun(Generic[T]):
     async def _working(self) -> AsyncIterator[None]:
         """Keep the workers for the length of the block; at its end there is an outcome for each assignment."""
         raised: BaseException | None = None
+        self._has_begun = True
         self._is_watched = self._events.are_heard or self._settings.progress_callback is not None
         if self._is_watched:
             self._tell_progress()
@@ -391,16 +397,20 @@ class GroupRun(Generic[T]):
                 raise others from None
             await anyio.lowlevel.checkpoint_if_cancelled()  # the parked tasks' errors stood above a cancellation
         finally:
-            self._settle()
-            self._detach_from_shutdown()
-            await self._claims.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
-            self._result = ParallelExecutionResult(
-                group_id=self.group.group_id,
-                outcomes=[outcome for outcome in self._outcomes if outcome is not None],
-                total_duration_seconds=self._clock() - self._started,
-            )
+            await self._close()  # noqa: ASYNC102 - it waits for what is shielded and bounded itself
         if raised is not None:
             raise raised
+
+    async def _close(self) -> None:
+        """Give everything its outcome, and give everything back. May be repeated if an exception struck it."""
+        self._settle()
+        self._detach_from_shutdown()
+        await self._claims.give_back_all()
+        self._result = ParallelExecutionResult(
+            group_id=self.group.group_id,
+            outcomes=[outcome for outcome in self._outcomes if outcome is not None],
+            total_duration_seconds=self._clock() - self._started,
+        )
 
     def _validate(self) -> None:
         """Refuse what the input alone shows wrong, before anything starts."""
@@ -569,7 +579,7 @@ class GroupRun(Generic[T]):
         admission, claims, events = self._admission, self._claims, self._events
         now = clock()
         while admission.has_ready:
-            slot = None if limiter is None else Slot(limiter)
+            slot = None if limiter is None else Slot(limiter, self)
             if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
                 if scope.cancel_called:  # dismissed after it was given the slot: no agent may run in a cancelled scope
@@ -969,13 +979,16 @@ class GroupRun(Generic[T]):
         self._stop_all(Stop(f"{who} raised {type(order).__name__}", "interrupted"))
 
     def _settle(self) -> None:
-        """Give an outcome to everything that never started."""
+        """Give an outcome to everything that has none when nothing runs any more."""
         self._is_settled = True
         for watch in self._watches:
             watch.cancel()
         positions = self._without_outcome()
         if not positions:
             return
+        self._running.clear()  # of calls that an exception struck before or after their engine ran
+        if self._settings.limiter is not None:
+            give_back_slots_of(self, self._settings.limiter)
         self._admission.close()
         stop = self._stopped or CALLER_CANCELLED
         for position in positions:

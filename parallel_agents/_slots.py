@@ -14,12 +14,14 @@ class Slot:
 
     Args:
         limiter: What bounds the engine calls of all who share it.
+        owner: The run whose engine call it is.
     """
 
-    __slots__ = ("_limiter", "_loans", "_over")
+    __slots__ = ("_limiter", "_loans", "_over", "owner")
 
-    def __init__(self, limiter: anyio.CapacityLimiter) -> None:
+    def __init__(self, limiter: anyio.CapacityLimiter, owner: object) -> None:
         self._limiter = limiter
+        self.owner = owner
         self._loans = 0
         self._over = False
 
@@ -63,3 +65,10 @@ class Slot:
             self._limiter.release_on_behalf_of(self)
         except RuntimeError:  # not held: the agent was cancelled while it waited to get its place back
             return
+
+
+def give_back_slots_of(owner: object, limiter: anyio.CapacityLimiter) -> None:
+    """Give back the places of a run of which nothing runs any more: an exception may have struck their workers."""
+    for borrower in limiter.statistics().borrowers:
+        if isinstance(borrower, Slot) and borrower.owner is owner:
+            borrower.give_back()

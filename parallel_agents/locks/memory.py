@@ -129,12 +129,23 @@ class InMemoryResourceLock:
             write_log(PARALLEL_LOCK_CONFLICT, level="WARNING", resource=resource, holder=holder, current_holder=current)
 
     async def release_all(self, holder: str) -> int:
-        """Give back all that *holder* has; not a checkpoint. See ``ResourceLock.release_all()``."""
+        """Give back all that *holder* has; not a checkpoint. See ``ResourceLock.release_all()``.
+
+        Also what an exception left that struck this lock in the middle of a change, such as a Ctrl-C without a handler.
+        """
         _refuse_blank(holder)
-        leases = self._leases_of(holder)
-        resources = {claim.resource for lease in leases for claim in lease._left}
-        for lease in leases:
-            lease.release()
+        resources = set()
+        for lease in self._leases_of(holder):
+            resources |= {claim.resource for claim in lease._left}
+            if lease._is_told:
+                for claim in lease._left:
+                    write_log(PARALLEL_LOCK_RELEASED, resource=claim.resource, holder=holder)
+            lease._left = ()
+        self._leases.pop(holder, None)
+        self._queue.forget(holder, except_for=self._waiting)
+        for ticket in tuple(self._waiting):
+            if self._queue.look_again(ticket):
+                self._let_go_on(ticket)
         return len(resources)
 
     def is_locked(self, resource: str) -> bool:
@@ -180,8 +191,9 @@ class InMemoryResourceLock:
         return self._grant(ticket, is_told)
 
     async def _wait(self, ticket: Ticket[str], timeout_seconds: float | None) -> MemoryLease | None:
-        waiter = self._waiting[ticket] = _Waiter(ticket)
+        waiter = _Waiter(ticket)
         try:
+            self._waiting[ticket] = waiter
             with anyio.move_on_after(timeout_seconds):
                 await waiter.granted.wait()
         except BaseException:
@@ -259,9 +271,12 @@ class InMemoryResourceLock:
 
     def _leave(self, ticket: Ticket[str], claims: Sequence[ResourceClaim]) -> None:
         for cleared in self._queue.leave(ticket, claims):
-            waiter = self._waiting.pop(cleared)
-            waiter.lease = self._grant(cleared, is_told=True)
-            waiter.granted.set()
+            self._let_go_on(cleared)
+
+    def _let_go_on(self, cleared: Ticket[str]) -> None:
+        waiter = self._waiting.pop(cleared)
+        waiter.lease = self._grant(cleared, is_told=True)
+        waiter.granted.set()
 
 
 def _refuse_blank(holder: str) -> None:

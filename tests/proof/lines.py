@@ -1,10 +1,12 @@
 """An exception at a source line of the library, as Ctrl-C or a failing allocation may come at any of them."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from linecache import getline
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
 from attrs import define, field, frozen
@@ -36,43 +38,73 @@ Tracer: TypeAlias = Callable[[FrameType, str, Any], Any]
 class Line:
     """One line of a function."""
 
-    file: str
-    function: str
+    code: CodeType
     number: int
 
+    @property
+    def function(self) -> str:
+        return f"{Path(self.code.co_filename).stem.lstrip('_')}.{self.code.co_qualname}"
+
+    @property
+    def text(self) -> str:
+        return getline(self.code.co_filename, self.number).strip()
+
     def __str__(self) -> str:
-        return f"{self.file}:{self.number} in {self.function}"
+        return f"{self.function}, line {self.number}: {self.text}"
 
 
 @define
-class Tripwire:
-    """Raises an exception at the *at*-th line of the library that is run, counted from 1; at 0 it only counts."""
+class Recorder:
+    """Counts how often each line of the library is run.
 
-    at: int
-    exception: type[BaseException]
-    passed: list[Line] = field(factory=list)
-    hit: Line | None = None
+    Two kinds of lines are left out, at which the interpreter looks for no signals and allocates nothing: ``try:``, and
+    a ``with`` that is left. Between them and what they protect there is no gap, except for a tracer.
+    """
+
+    passed: Counter[Line] = field(factory=Counter)
+    _latest: dict[FrameType, int] = field(factory=dict)
 
     def _on_call(self, frame: FrameType, _event: str, _argument: Any) -> Tracer | None:
-        return self._on_line if frame.f_code.co_filename in FILES and self.hit is None else None
+        return self._on_line if frame.f_code.co_filename in FILES else None
 
-    def _on_line(self, frame: FrameType, event: str, _argument: Any) -> Tracer | None:
-        if event != "line" or self.hit is not None:
-            return self._on_line
-        code = frame.f_code
-        line = Line(Path(code.co_filename).name, code.co_qualname, frame.f_lineno)
-        self.passed.append(line)
-        if len(self.passed) == self.at:
-            self.hit = line
-            raise self.exception("injected")
+    def _on_line(self, frame: FrameType, event: str, _argument: Any) -> Tracer:
+        if event == "line":
+            line = Line(frame.f_code, frame.f_lineno)
+            is_left = self._latest.get(frame, 0) > line.number and line.text.startswith(("with ", "async with "))
+            self._latest[frame] = line.number
+            if line.text != "try:" and not is_left:
+                self.passed[line] += 1
+                self._on_passed(line)
         return self._on_line
+
+    def _on_passed(self, line: Line) -> None:
+        """Called for each line, before it is run."""
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Raise within the block only. Whoever traced before, such as coverage, does so again behind it."""
+        """Look at the lines of the block, and of what runs meanwhile."""
         before = sys.gettrace()
         sys.settrace(self._on_call)
         try:
             yield
         finally:
-            sys.settrace(before)
+            sys.settrace(before)  # whoever traced before, such as coverage, does so again
+            self._latest.clear()
+
+
+@define
+class Tripwire(Recorder):
+    """Raises an exception when a line is run for the *turn*-th time, counted from 1."""
+
+    line: Line = field(kw_only=True)
+    turn: int = field(kw_only=True)
+    exception: type[BaseException] = field(kw_only=True)
+    was_hit: bool = field(default=False, init=False)
+
+    def _on_call(self, frame: FrameType, _event: str, _argument: Any) -> Tracer | None:
+        return self._on_line if frame.f_code is self.line.code and not self.was_hit else None
+
+    def _on_passed(self, line: Line) -> None:
+        if line == self.line and self.passed[line] == self.turn:
+            self.was_hit = True
+            raise self.exception("injected")
