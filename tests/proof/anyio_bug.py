@@ -5,7 +5,8 @@ A scope that is left while one around it is cancelled hands its count on to that
 another task, as the scope of a task group does for those of its children. The outer scope then takes back from its own
 task what the child's had got, and with it a native ``Task.cancel()`` that came in the same turn of the event loop.
 
-``test_anyio_loses_no_native_cancellation_beside_one_of_its_own`` fails as soon as anyio has mended it; then this module can go.
+``test_anyio_loses_no_native_cancellation_beside_one_of_its_own`` fails as soon as anyio has mended it; then this module
+can go.
 """
 
 from collections.abc import Iterator

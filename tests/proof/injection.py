@@ -32,21 +32,21 @@ class Operation(ABC):
     is_cancelled_natively = False
     """Whether a native cancellation may come, against which no shield of anyio holds in the task that it is for."""
 
-    async def prepare(self) -> None:
+    async def prepare(self) -> None:  # noqa: B027 - not all have anything to do
         """Make what must be made in the loop."""
 
     @abstractmethod
     async def run(self) -> None:
         """Call the operation."""
 
-    def after(self) -> None:
+    def after(self) -> None:  # noqa: B027 - the same
         """Called as soon as it is over, however it ended."""
 
     @abstractmethod
     def check(self) -> None:
         """Raise if something was left undone, or told wrongly."""
 
-    async def use_again(self) -> None:
+    async def use_again(self) -> None:  # noqa: B027 - the same
         """Use what is left once more; all of it must work as if nothing had happened."""
 
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import anyio
 import anyio.lowlevel
 from groups import assignment
-from proof.injection import Operation
 from scenarios import (
     Scenario,
     check,
@@ -49,6 +48,7 @@ from parallel_agents.engines.rate_limit import RateLimit, RateLimitedEngine
 from parallel_agents.engines.retry import RetryEngine, RetryPolicy
 from parallel_agents.events import ParallelEvent
 from parallel_agents.journals import Ending, Entry, Step
+from proof.injection import Operation
 
 
 class RunsAGroup(Operation):
@@ -247,7 +247,8 @@ class TakesClaims(Operation):
                 tasks.start_soon(self._hold, f"holder {number}", wanted)
 
     def check(self) -> None:
-        assert self.lock.statistics().held == self.lock.statistics().waiting == ()
+        assert not self.lock.statistics().held
+        assert not self.lock.statistics().waiting
         assert not self.lock._queue
         assert len(set(self.tokens)) == len(self.tokens)
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from attrs import frozen
-from proof.random_groups import Call, Disturbance, History, Kind
 from scenarios import check_events, check_progress
 
 from parallel_agents import AgentOutcome, ClaimMode, ClaimPolicy, OutcomeStatus, ResourceClaim, TerminationReason
+from proof.random_groups import Call, Disturbance, History, Kind
 
 FAILURES = (OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT, OutcomeStatus.REJECTED)
 
@@ -21,6 +21,9 @@ OF_RESULTS = {
     TerminationReason.ERROR: OutcomeStatus.FAILED,
     TerminationReason.PARKED: OutcomeStatus.PARKED,
 }
+
+SOME_TIME = -math.inf
+"""Of a cause whose time cannot be seen from the agents: the claims of one were not to be had."""
 
 
 @frozen
@@ -49,8 +52,8 @@ def causes(history: History) -> Iterator[Cause]:
     if options["fail_fast"]:
         for number, outcome in enumerate(outcomes):
             if outcome.status in FAILURES and not outcome_is_of_shutdown(outcome):
-                at = _ended_at(history, number)
-                yield Cause(at if at < math.inf else history.started_at, cancelled, cancelled)
+                call = history.calls.get(number)
+                yield Cause(SOME_TIME if call is None else call.ended_at, cancelled, cancelled)
     successes = sorted(_ended_at(history, n) for n, outcome in enumerate(outcomes) if outcome.is_success)
     enough = options["stop_after_successes"]
     if enough is not None and len(successes) >= enough:
@@ -92,12 +95,12 @@ def allowed_if_it_ran(history: History, number: int, call: Call) -> set[OutcomeS
     is_late = {status for _, status in stops if status is OutcomeStatus.TIMED_OUT}
     if isinstance(call.error, Exception):
         return is_late | {OutcomeStatus.FAILED}
-    if plan.kind is Kind.CANCELS_ITSELF and not stops:
-        return {OutcomeStatus.CANCELLED}
+    if plan.kind is Kind.CANCELS_ITSELF and call.ended_at >= call.started_at + plan.seconds:
+        stops.append((call.ended_at, OutcomeStatus.CANCELLED))
     first = min((at for at, _ in stops), default=math.inf)
     by_first = {status for at, status in stops if at == first}
     # what comes while an agent cleans up after its timeout may be told instead of it
-    any_counts = plan.kind is Kind.CLEANS_UP or history.was_blocked
+    any_counts = plan.kind is Kind.CLEANS_UP or history.was_blocked or first == SOME_TIME
     return by_first | {status for _, status in stops if any_counts}
 
 
@@ -223,6 +226,3 @@ def judge_idleness(history: History, limit: float) -> None:
             is_ready = all(calls[other].ended_at <= now for other in agent.depends_on)
             if call.started_at >= then and not agent.claims and is_ready:
                 assert len(running) >= limit, f"task {number} could have started at {now:g} s"
-
-
-

@@ -8,13 +8,13 @@ import asyncio
 
 import anyio
 import pytest
+from scenarios import Scenario, fails_after_one_second, scenarios, sleeps_one_second
+
+from parallel_agents.testing.stepping import Backend, installed_backends
 from proof import anyio_bug
 from proof.injection import WAYS, Kind, LostCancellationError, run_once
 from proof.operations import OPERATIONS, RunsAGroup
 from proof.tally import Proof
-from scenarios import Scenario, fails_after_one_second, scenarios, sleeps_one_second
-
-from parallel_agents.testing.stepping import Backend, installed_backends
 
 
 @pytest.mark.proves("X1", "X4", "X5", "X8", "X9", "X10", "X11", "L4", "P1", "P2", "V1")

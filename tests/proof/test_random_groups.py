@@ -3,12 +3,12 @@
 from collections import Counter
 
 import pytest
-from proof.random_groups import History, plan_of
-from proof.reference import judge
-from proof.tally import Proof
 
 from parallel_agents import OutcomeStatus
 from parallel_agents.testing.stepping import Backend, installed_backends, run_in_virtual_time
+from proof.random_groups import History, plan_of
+from proof.reference import judge
+from proof.tally import Proof
 
 
 @pytest.mark.proves("X1", "X2", "X3", "X4", "X5", "X9", "X10", "X11", "X14", "X15", "X17", "L2", "L3", "S1", "V1")
