@@ -143,10 +143,11 @@ def build(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, requires=["build"])
 def tests(session: nox.Session) -> None:
-    """Run the tests against the wheel, on asyncio and trio."""
+    """Run the tests against the wheel, on asyncio and trio; the proofs in short on one Python, less elsewhere."""
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"))
     _install_browser(session)
-    session.run("pytest", *session.posargs, env=SAFE_PATH)
+    proof = "short" if session.python == PYTHONS[-1] else "few"
+    session.run("pytest", f"--proof={proof}", *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[-1], requires=["build"])
@@ -156,7 +157,7 @@ def no_trio(session: nox.Session) -> None:
     _install_wheel(session, *extras, *_group("tests"))
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
     _install_browser(session)
-    session.run("pytest", "-rfE", *session.posargs, env=SAFE_PATH)
+    session.run("pytest", "-rfE", "--proof=few", *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[0], requires=["build"])
@@ -166,10 +167,17 @@ def coverage(session: nox.Session) -> None:
     _install_browser(session)
     around = ",".join(OUTSIDE_THE_CORE)
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs, env=SAFE_PATH)
+    session.run("coverage", "run", "-m", "pytest", "--proof=few", *session.posargs, env=SAFE_PATH)
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report", f"--omit={around}", "--fail-under=100")
     session.run("coverage", "report", f"--include={around}", "--fail-under=95")
+
+
+@nox.session(python=PYTHONS[0], requires=["build"], default=False)
+def proof(session: nox.Session) -> None:
+    """Run the proofs in their long form: a million cancellations, all planted bugs, half an hour of soak."""
+    _install_wheel(session, *TESTED_EXTRAS, *_group("tests"))
+    session.run("pytest", "tests/proof", "--proof=long", *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[0], requires=["build"])

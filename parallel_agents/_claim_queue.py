@@ -101,15 +101,24 @@ class ClaimQueue(Generic[O]):
 
         Looks through all that is noted. Afterwards those that wait have to ``look_again()``.
         """
-        for resource, shelves in tuple(self._noted.items()):
-            for how, tickets in enumerate(shelves):
-                kept = ((t, n) for t, n in (tickets or {}).items() if t.owner != owner or t in except_for)
-                shelves[how] = OrderedDict(kept) or None
-            if not any(shelves):
+
+        def is_kept(ticket: Ticket[O]) -> bool:
+            return ticket.owner != owner or ticket in except_for
+
+        for resource, noted in tuple(self._noted.items()):
+            if isinstance(noted, Ticket):
+                is_empty = not is_kept(noted)
+            else:
+                for how, tickets in enumerate(noted):
+                    noted[how] = OrderedDict((t, times) for t, times in (tickets or {}).items() if is_kept(t)) or None
+                is_empty = not any(noted)
+            if is_empty:
                 del self._noted[resource]
 
     def look_again(self, ticket: Ticket[O]) -> bool:
         """Find out anew what is in the way of a ticket; return whether it is clear."""
+        if ticket.waits_for is not None and ticket.waits_for._watched_by is not None:
+            ticket.waits_for._watched_by.pop(ticket, None)
         ticket.waits_for = None
         self._watch(ticket)
         return ticket.waits_for is None

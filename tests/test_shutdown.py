@@ -153,6 +153,25 @@ async def test_a_callback_that_fails_does_not_stop_the_next_and_all_share_one_ti
 
 
 @pytest.mark.proves("S2")
+@virtual_time
+async def test_cleaning_up_begins_when_the_last_of_several_groups_has_ended() -> None:
+    manager = ShutdownManager()
+    cleaned_up_at: list[float] = []
+    manager.register_cleanup(lambda: cleaned_up_at.append(anyio.current_time()))
+    executor = ParallelExecutor(
+        engine=lambda task: anyio.sleep(float(task.timeout_seconds or 0) - 1), shutdown_manager=manager
+    )
+    before = anyio.current_time()
+    async with anyio.create_task_group() as tasks:
+        for seconds in (5, 9):
+            group = group_of(1, each={"timeout_seconds": seconds})
+            tasks.start_soon(executor.execute_group, group)
+        await anyio.sleep(1)
+        await manager.initiate_shutdown()
+    assert cleaned_up_at == [before + 8]
+
+
+@pytest.mark.proves("S2")
 async def test_cleaning_up_is_done_although_the_wait_for_it_is_cancelled() -> None:
     manager = ShutdownManager()
     cleaned_up: list[str] = []

@@ -2,13 +2,14 @@
 
 import pytest
 
-from proof.tally import Proof
+from proof.tally import Level, Proof
 
 PROOF = pytest.StashKey[Proof]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[PROOF] = Proof(config.getoption("proof"), config.getoption("proof_seed"))
+    level: Level = config.option.proof
+    config.stash[PROOF] = Proof(level, config.option.proof_seed)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,7 +1,7 @@
 """Every public operation that waits, as something to cancel: see ``OPERATIONS``."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import anyio
@@ -107,35 +107,48 @@ class WatchesAGroup(RunsAGroup):
         assert len({outcome.task_id for outcome in self.taken}) == len(self.taken)
 
 
+class Source:
+    """Assignments that are waited for, from something that takes its time to be closed."""
+
+    def __init__(self, assignments: Iterable[AgentAssignment]) -> None:
+        self._left = list(assignments)
+        self.is_open = False
+
+    def __aiter__(self) -> "Source":
+        self.is_open = True
+        return self
+
+    async def __anext__(self) -> AgentAssignment:
+        await anyio.lowlevel.checkpoint()
+        if not self._left:
+            raise StopAsyncIteration
+        return self._left.pop(0)
+
+    async def aclose(self) -> None:
+        await anyio.sleep(0.25)
+        self.is_open = False
+
+
 class TakesAStream(Operation):
-    """``open_stream()``, from a source that waits, and is closed."""
+    """``open_stream()``, and that its source is closed."""
 
     def __init__(self) -> None:
         self.scenario = Scenario((quick, sleeps_one_second) * 3, claims=True)
         self.lock = InMemoryResourceLock()
         self.taken: list[str] = []
-        self.is_source_open = False
-
-    async def source(self) -> Any:
-        self.is_source_open = True
-        try:
-            for each in self.scenario.group().assignments:
-                await anyio.lowlevel.checkpoint()
-                yield each
-        finally:
-            self.is_source_open = False
+        self.source = Source(self.scenario.group().assignments)
 
     async def prepare(self) -> None:
         self.executor = self.scenario.executor(self.lock)
 
     async def run(self) -> None:
-        async with self.executor.open_stream(self.source(), group_id="s", max_concurrency=2) as outcomes:
+        async with self.executor.open_stream(self.source, group_id="s", max_concurrency=2) as outcomes:
             async for outcome in outcomes:
                 self.taken.append(outcome.task_id)
 
     def after(self) -> None:
         self.scenario.is_over = True
-        assert not self.is_source_open
+        assert not self.source.is_open
 
     def check(self) -> None:
         assert not self.lock.statistics().held
@@ -149,6 +162,7 @@ class TakesAStream(Operation):
     async def use_again(self) -> None:
         self.scenario.is_over = False
         self.taken.clear()
+        self.source = Source(self.scenario.group().assignments)
         await self.run()
         assert len(self.taken) == 6
 
