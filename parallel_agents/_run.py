@@ -848,7 +848,7 @@ class GroupRun(Generic[T]):
                 _late_text(f"Timed out after {assignment.timeout_seconds:g} s", error, anyio.get_cancelled_exc_class()),
             )
         elif is_cancellation(error, anyio.get_cancelled_exc_class()):
-            status, text = OutcomeStatus.CANCELLED, self._cancellation_text(call, now, pending)
+            status, text = OutcomeStatus.CANCELLED, _with_notes(self._cancellation_text(call, now, pending), error)
         return self._unsuccessful(call, now, status, text, usage=call.usage, exception=error)
 
     def _cancellation_text(self, call: EngineCall, now: float, pending: bool) -> str:
@@ -1180,4 +1180,11 @@ def _lost_text(call: EngineCall) -> str:
 
 
 def _late_text(text: str, error: BaseException, cancelled: type[BaseException]) -> str:
-    return text if is_cancellation(error, cancelled) else f"{text}, then raised {error_text(error)}"
+    if is_cancellation(error, cancelled):
+        return _with_notes(text, error)
+    return f"{text}, then raised {error_text(error)}"
+
+
+def _with_notes(text: str, cancellation: BaseException) -> str:
+    """Return why it was cancelled, and what its engine noted: an agent that runs elsewhere may not have stopped."""
+    return ". ".join([text, *getattr(cancellation, "__notes__", ())])

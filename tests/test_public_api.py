@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "testing/engines.py": {"pytest"},
     "testing/journals.py": {"pytest"},
     "testing/locks.py": {"pytest"},
+    "testing/remote.py": {"pytest"},
     "testing/plugin.py": {"pytest"},
     "testing/stepping.py": {"asyncio", "trio"},
 }

@@ -11,6 +11,7 @@ from .locks import ClaimLockContract as ClaimLockContract
 from .locks import ResourceLockContract as ResourceLockContract
 from .outcomes import assert_all_succeeded as assert_all_succeeded
 from .outcomes import assert_outcomes as assert_outcomes
+from .remote import RemoteEngineContract as RemoteEngineContract
 from .scripted import Act as Act
 from .scripted import Call as Call
 from .scripted import ScriptedEngine as ScriptedEngine
@@ -24,6 +25,7 @@ __all__ = [
     "ClaimLockContract",
     "DeadlockError",
     "JournalContract",
+    "RemoteEngineContract",
     "ResourceLockContract",
     "ScriptedEngine",
     "assert_all_succeeded",
