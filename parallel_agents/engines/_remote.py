@@ -5,6 +5,7 @@ text gets from one to the other is the business of an engine for some cluster; t
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from enum import StrEnum, auto
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from attrs import evolve, field, frozen
 
-from .._checks import JSON, as_tuple, integer, not_blank, shown
+from .._checks import as_tuple, integer, not_blank, shown
 from .._context import RunContext
 from .._errors import ParallelAgentsError
 from .._models import NO_USAGE, AgentAssignment, Usage
@@ -209,7 +210,7 @@ class AgentEvent:
     """
 
     name: str
-    fields: dict[str, JSON]
+    fields: Mapping[str, Any]
 
 
 @frozen(kw_only=True)
