@@ -61,7 +61,7 @@ class RunOnWorker(RunContext):
         ending: How the agent ended, when it has.
         is_stopping: Whether the driver, or this worker, is shutting down.
         is_budget_spent: Whether the driver's group has spent its budget.
-        scope: Cancels the agent.
+        is_queued: Whether it waits for a place on its worker, so that its time does not count yet.
     """
 
     def __init__(self, order: Order, on_news: Callable[[], object]) -> None:
@@ -77,10 +77,12 @@ class RunOnWorker(RunContext):
         self.ending: Ending | None = None
         self.is_stopping = False
         self.is_budget_spent = False
-        self.scope = anyio.CancelScope()
+        self.is_queued = False
         self._on_news = on_news
         self._events: list[AgentEvent] = []
         self._waits = 0
+        self._scope = anyio.CancelScope()
+        self._kind_if_cancelled = EndingKind.CANCELLED
 
     @property
     def budget_exhausted(self) -> bool:
@@ -126,26 +128,30 @@ class RunOnWorker(RunContext):
             usage=self.usage,
             first_event=seen_events,
             events=self._events[seen_events:],
-            is_waiting=self.waits_for_others,
+            is_waiting=self.is_queued or self.waits_for_others,
             ending=self.ending,
         )
+
+    def cancel(self, kind: EndingKind = EndingKind.CANCELLED) -> None:
+        """Cancel the agent; *kind* is its ending then."""
+        self._kind_if_cancelled = kind
+        self._scope.cancel()
 
     async def perform(self, engine: AgentEngine) -> None:
         """Run the agent to its ending, in a task of its own; only a cancellation of that task is raised.
 
-        ``scope.cancel()`` cancels the agent. What it returns all the same is its result.
+        What the agent returns although it is cancelled is its result.
         """
         _current.set(self)
-        self.ending = None
-        ending = Ending(kind=EndingKind.CANCELLED)
+        ending: Ending | None = None
         timeout = self.assignment.timeout_seconds
         try:
-            with self.scope, anyio.move_on_after(None if timeout is None else timeout + TIMEOUT_SLACK_SECONDS):
+            with self._scope, anyio.move_on_after(None if timeout is None else timeout + TIMEOUT_SLACK_SECONDS):
                 ending = Ending.of_value(await engine.run(self.assignment))
         except (anyio.get_cancelled_exc_class(), GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 - an order to end is an agent's own: the worker serves others
             ending = Ending.of_error(error)
         finally:
-            self.ending = ending
+            self.ending = ending or Ending(kind=self._kind_if_cancelled)
             self._on_news()

@@ -75,7 +75,7 @@ class AsyncioEngine:
             if agent.was_cancelled:
                 raise
         if agent.was_cancelled:
-            await _raise_a_cancellation()
+            await raise_a_cancellation()
         return result_of(assignment, agent.result())
 
 
@@ -149,7 +149,7 @@ def _start(agent: _Agent, run: RunContext) -> None:
     agent.start(context, thread.to_asyncio, thread.to_trio)
 
 
-async def _raise_a_cancellation() -> None:
+async def raise_a_cancellation() -> None:
     """Raise the backend's cancelled exception, as the agent did, though nobody cancels this task."""
     found: BaseException | None = None
     with anyio.CancelScope() as scope:

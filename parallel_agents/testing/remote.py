@@ -119,7 +119,7 @@ class RemoteEngineContract:
         outputs = ["text {0} <b> \x1b[31m é 😀", 7, 0.5, True, None, [1, [2]], {"a": {"b": []}}]
         work = [assignment("return", diary, n, output=output) for n, output in enumerate(outputs)]
         outcomes = await _run(await make_engine(execution), work)
-        assert [outcome.output for outcome in outcomes] == outputs
+        assert [outcome.output for outcome in outcomes] == outputs, [outcome.error for outcome in outcomes]
         assert {outcome.status for outcome in outcomes} == {OutcomeStatus.SUCCEEDED}
         assert len(diary.lines("started")) == len(outputs)
 

@@ -1,0 +1,373 @@
+"""The host: an actor of Ray that runs agents, which drivers send to it, ask about and cancel by their ids.
+
+Its methods take and return text, never raise on purpose, and may be called again by Ray after it was restarted. Nothing
+here imports Ray: the actor is this class, made one by ``RayEngine``. It outlives its drivers, so that another can go on
+where one was killed; an agent that nobody asks about runs to its end, and its ending is kept for a while.
+"""
+
+import asyncio  # noqa: TID251 - the methods of an actor run in Ray's own loop, which is asyncio's
+import os
+import secrets
+import time
+from functools import partial
+from itertools import islice
+
+from attrs import Factory, define, field, frozen
+
+from .._checks import as_tuple
+from ..serialization import InvalidDataError
+from ._protocol import AgentEngine
+from ._remote import Ending, EndingKind, Order, Report, VersionMismatchError, pack, unpack
+from ._remote_worker import RunOnWorker, engine_named
+
+NEWS_SECONDS = 1.0
+"""How long a driver's question for news waits for some; drivers tell of shutdowns and spent budgets as often."""
+
+SILENT_SECONDS = 60.0
+"""A driver that has not asked for so long is gone."""
+
+KEEP_SECONDS = 3600.0
+"""How long the ending of an agent is kept for a driver that comes back."""
+
+AT_ONCE = 500
+"""The most orders or reports in one text."""
+
+
+@frozen(kw_only=True)
+class Parcel:
+    """What a driver sends.
+
+    Attributes:
+        orders: To be started; one whose id is known is joined.
+        cancels: Ids of agents to be cancelled.
+    """
+
+    orders: tuple[Order, ...] = field(default=(), converter=as_tuple)
+    cancels: tuple[str, ...] = field(default=(), converter=as_tuple)
+
+
+@frozen(kw_only=True)
+class Question:
+    """A driver's question for news.
+
+    Attributes:
+        acknowledged: The number of the last news that arrived.
+        stopping: Ids of agents whose driver is shutting down.
+        budget_spent: Ids of agents whose group has spent its budget.
+    """
+
+    acknowledged: int = 0
+    stopping: tuple[str, ...] = field(default=(), converter=as_tuple)
+    budget_spent: tuple[str, ...] = field(default=(), converter=as_tuple)
+
+
+@frozen(kw_only=True)
+class News:
+    """What a host answers.
+
+    Attributes:
+        host: Names this life of the host; one that was restarted knows nothing of what ran before.
+        link: Names what the host knows of this driver; it forgets one that it has not heard of for long.
+        number: To be acknowledged, or the same is told again.
+        reports: Of agents of which there is news.
+        refusal: Why nothing could be read of what was sent.
+    """
+
+    host: str
+    link: str = ""
+    number: int = 0
+    reports: tuple[Report, ...] = field(default=(), converter=as_tuple)
+    refusal: str = ""
+
+
+@frozen(kw_only=True)
+class HostState:
+    """How a host is doing.
+
+    Attributes:
+        engine: What it runs.
+        pid: Its process.
+        running: Agents that run.
+        queued: Agents that wait for a place.
+        started: Agents that it has started in its life.
+        is_draining: Whether it takes no more.
+    """
+
+    engine: str
+    pid: int
+    running: int
+    queued: int
+    started: int
+    is_draining: bool
+
+
+@define(eq=False)
+class _Link:
+    """A driver, as the host sees it.
+
+    Attributes:
+        name: Which no other has, not even one of the same driver.
+        asked_at: When it last asked for something.
+        has_news: Whether there is something to tell.
+        news: Ids of agents of which there is news, in the order in which it came.
+        number: Of the last news.
+        told: What the last news told: how many events of each agent, and whether its ending.
+        seen: How many events of each agent are acknowledged.
+    """
+
+    name: str = Factory(partial(secrets.token_hex, 8))
+    asked_at: float = 0.0
+    has_news: asyncio.Event = Factory(asyncio.Event)
+    news: dict[str, None] = Factory(dict)
+    number: int = 0
+    told: dict[str, tuple[int, bool]] = Factory(dict)
+    seen: dict[str, int] = Factory(dict)
+
+    def note(self, id_: str) -> None:
+        self.news[id_] = None
+        self.has_news.set()
+
+
+@define(eq=False)
+class _Hosted:
+    """An agent on this host.
+
+    Attributes:
+        run: Its run.
+        watchers: Names of the links that are told of it.
+        task: In which it runs, once it has a place.
+        ended_at: When it ended, if it has.
+    """
+
+    run: RunOnWorker
+    watchers: set[str] = Factory(set)
+    task: "asyncio.Task[None] | None" = None
+    ended_at: float | None = None
+
+    def is_no_answer_for(self, order: Order) -> bool:
+        """Whether it has ended in a way that lets the same order start it anew."""
+        ending = self.run.ending
+        if ending is None:
+            return False
+        return order.attempt > self.run.attempt or ending.kind not in (EndingKind.RETURNED, EndingKind.RAISED)
+
+    def end_unstarted(self, ending: Ending) -> None:
+        """Give an agent that never ran its ending."""
+        self.run.ending = ending
+        self.ended_at = time.monotonic()
+
+
+class Host:
+    """Runs agents for drivers.
+
+    Args:
+        engine: The inner engine, as ``module:attribute``; it is imported for the first agent.
+        max_agents: The most agents at the same time; more wait for a place, without their time counting.
+    """
+
+    def __init__(self, engine: str, max_agents: int | None = None) -> None:
+        self._engine_name = engine
+        self._engine: AgentEngine | None = None
+        self._max_agents = max_agents
+        self._life = secrets.token_hex(8)
+        self._agents: dict[str, _Hosted] = {}
+        self._links: dict[str, _Link] = {}
+        self._queue: dict[str, _Hosted] = {}
+        self._running = 0
+        self._started = 0
+        self._is_draining = False
+        self._swept_at = 0.0
+
+    # What drivers call
+
+    async def send(self, link: str, text: str) -> str:
+        """Take a ``Parcel``; answer with ``News`` that has no reports."""
+        try:
+            parcel = unpack(Parcel, text, "driver")
+        except (VersionMismatchError, InvalidDataError) as error:
+            return pack(News(host=self._life, refusal=str(error)))
+        known = self._link(link)
+        for order in parcel.orders:
+            self._take(order, link, known)
+        for id_ in parcel.cancels:
+            if (agent := self._agents.get(id_)) is not None:
+                self._stop(agent)
+        return pack(News(host=self._life, link=known.name))
+
+    async def news(self, link: str, text: str) -> str:
+        """Answer a ``Question`` with ``News``, as soon as there is some, or without any after a while."""
+        try:
+            question = unpack(Question, text, "driver")
+        except (VersionMismatchError, InvalidDataError) as error:
+            return pack(News(host=self._life, refusal=str(error)))
+        known = self._link(link)
+        self._acknowledge(link, known, question.acknowledged)
+        for id_ in question.stopping:
+            if (agent := self._agents.get(id_)) is not None:
+                agent.run.is_stopping = True
+        for id_ in question.budget_spent:
+            if (agent := self._agents.get(id_)) is not None:
+                agent.run.is_budget_spent = True
+        if not known.news:
+            known.has_news.clear()
+            try:
+                async with asyncio.timeout(NEWS_SECONDS):
+                    await known.has_news.wait()
+            except TimeoutError:
+                self._sweep()
+        reports = self._gathered(known)
+        return pack(News(host=self._life, link=known.name, number=known.number, reports=reports))
+
+    # What the worker command calls
+
+    async def state(self) -> str:
+        """Tell how it is doing, as a ``HostState``."""
+        return pack(
+            HostState(
+                engine=self._engine_name,
+                pid=os.getpid(),
+                running=self._running,
+                queued=len(self._queue),
+                started=self._started,
+                is_draining=self._is_draining,
+            )
+        )
+
+    async def drain(self) -> str:
+        """Take no more; those that wait for a place are to run elsewhere, those that run are told to finish."""
+        self._is_draining = True
+        for agent in tuple(self._queue.values()):
+            self._stop(agent, EndingKind.INTERRUPTED)
+        for agent in self._agents.values():
+            agent.run.is_stopping = True
+        return await self.state()
+
+    async def interrupt(self) -> str:
+        """Cancel what still runs; it is to run elsewhere."""
+        for agent in tuple(self._agents.values()):
+            self._stop(agent, EndingKind.INTERRUPTED)
+        return await self.state()
+
+    # Agents
+
+    def _take(self, order: Order, name: str, link: _Link) -> None:
+        """Join the agent that has the order's id, or start one."""
+        agent = self._agents.get(order.id)
+        if agent is None or agent.is_no_answer_for(order):
+            agent = self._agents[order.id] = _Hosted(RunOnWorker(order, partial(self._note, order.id)))
+            self._begin(agent, order)
+        agent.watchers.add(name)
+        link.seen[order.id] = 0
+        link.note(order.id)
+
+    def _begin(self, agent: _Hosted, order: Order) -> None:
+        """Start an agent, let it wait for a place, or end it with the reason why it cannot run here."""
+        if self._is_draining:
+            agent.end_unstarted(Ending(kind=EndingKind.INTERRUPTED))
+        elif order.engine not in (None, self._engine_name):
+            agent.end_unstarted(
+                _refusal(f"it runs {self._engine_name}, not {order.engine}; give the other engine another name")
+            )
+        elif self._max_agents is not None and self._running >= self._max_agents:
+            agent.run.is_queued = True
+            self._queue[order.id] = agent
+        else:
+            self._start(agent)
+
+    def _start(self, agent: _Hosted) -> None:
+        if self._engine is None:
+            try:
+                self._engine = engine_named(self._engine_name)
+            except ValueError as error:
+                agent.end_unstarted(_refusal(str(error)))
+                return
+        agent.run.is_queued = False
+        self._running += 1
+        self._started += 1
+        agent.task = asyncio.get_running_loop().create_task(agent.run.perform(self._engine))
+        agent.task.add_done_callback(partial(self._end, agent))
+
+    def _end(self, agent: _Hosted, task: "asyncio.Task[None]") -> None:
+        """See to what there is to do when an agent has ended: let the next one start."""
+        if not task.cancelled():
+            task.exception()  # there is none; asyncio complains of those that nobody has looked at
+        agent.ended_at = time.monotonic()
+        self._running -= 1
+        while self._queue and (self._max_agents is None or self._running < self._max_agents):
+            following = self._queue.pop(next(iter(self._queue)))
+            self._start(following)
+            self._note(following.run.id)
+
+    def _stop(self, agent: _Hosted, kind: EndingKind = EndingKind.CANCELLED) -> None:
+        """Cancel an agent, whether it runs or waits for a place."""
+        if self._queue.pop(agent.run.id, None) is not None:
+            agent.end_unstarted(Ending(kind=kind))
+            self._note(agent.run.id)
+        elif agent.run.ending is None:
+            agent.run.cancel(kind)
+
+    # Telling
+
+    def _link(self, name: str) -> _Link:
+        link = self._links.setdefault(name, _Link())
+        link.asked_at = time.monotonic()
+        return link
+
+    def _note(self, id_: str) -> None:
+        """Let those who watch an agent know that there is news of it."""
+        if (agent := self._agents.get(id_)) is not None:
+            for name in agent.watchers:
+                self._links[name].note(id_)
+
+    def _gathered(self, link: _Link) -> list[Report]:
+        """Return the reports of those of which there is news, and take note of what they tell."""
+        reports = []
+        for id_ in tuple(islice(link.news, AT_ONCE)):
+            del link.news[id_]
+            if (agent := self._agents.get(id_)) is not None and id_ in link.seen:
+                report = agent.run.report(link.seen[id_])
+                link.told[id_] = (agent.run.event_count, report.ending is not None)
+                reports.append(report)
+        link.number += 1
+        return reports
+
+    def _acknowledge(self, name: str, link: _Link, number: int) -> None:
+        """Let go of what a driver has heard; what it has not is told again."""
+        told, link.told = link.told, {}
+        if number != link.number:
+            for id_ in told:
+                link.note(id_)
+            return
+        for id_, (events, is_ended) in told.items():
+            if is_ended:
+                self._unwatch(name, id_)
+            else:
+                link.seen[id_] = events
+
+    def _unwatch(self, name: str, id_: str) -> None:
+        self._links[name].seen.pop(id_, None)
+        agent = self._agents.get(id_)
+        if agent is None:
+            return
+        agent.watchers.discard(name)
+        if not agent.watchers and agent.run.ending is not None:
+            del self._agents[id_]
+
+    def _sweep(self) -> None:
+        """Forget drivers that are gone, and the endings that nobody came back for."""
+        now = time.monotonic()
+        if now - self._swept_at < SILENT_SECONDS:
+            return
+        self._swept_at = now
+        for name, link in tuple(self._links.items()):
+            if now - link.asked_at > SILENT_SECONDS:
+                for agent in self._agents.values():
+                    agent.watchers.discard(name)
+                del self._links[name]
+        for id_, agent in tuple(self._agents.items()):
+            if not agent.watchers and agent.ended_at is not None and now - agent.ended_at > KEEP_SECONDS:
+                del self._agents[id_]
+
+
+def _refusal(reason: str) -> Ending:
+    return Ending(kind=EndingKind.REFUSED, error=f"The worker does not run it: {reason}")
