@@ -215,6 +215,73 @@ def _choose_display(*, quiet: bool, json_events: bool) -> Display:
 
 
 @app.command
+def worker(
+    *,
+    engine: str,
+    ray: Flag = False,
+    name: str = "parallel-agents",
+    hosts: int = 1,
+    address: str | None = None,
+    max_concurrency: int = 1000,
+    grace: float = 30.0,
+    health: str | None = None,
+    log_level: Literal["debug", "info", "warning", "error"] | None = None,
+) -> int:
+    """Run agents for drivers elsewhere, whose engine is a `RayEngine`, until SIGTERM or Ctrl-C.
+
+    Then no more are taken, and those that run may finish; a second signal cancels them, and they run on another worker.
+
+    Exit codes:
+
+    - 0: stopped by a signal; all its agents had ended
+    - 1: the cluster is not to be had, or agents had to be cancelled to stop
+    - 2: the call is wrong; nothing was run
+
+    Args:
+        engine: What runs agents: an engine or an async function, as `module:attribute`, on asyncio.
+        ray: Run them on a Ray cluster: this process looks after their hosts.
+        name: Names the hosts, as in `RayEngine`.
+        hosts: How many hosts there are, as in `RayEngine`.
+        address: Of the cluster, as `host:port`; unless given, RAY_ADDRESS or the one of this machine.
+        max_concurrency: The most agents of each host at the same time.
+        grace: Seconds that agents may go on after a signal.
+        health: Answer HTTP requests at this `host:port`: 200, or 503 when it is stopping; `/metrics` for Prometheus.
+        log_level: Write the library's log to standard error, from this level on.
+    """
+    if not ray:
+        raise _CannotGoOnError("a worker needs to know of which cluster: --ray")
+    try:
+        from ._ray_worker import CannotServeError, RayWorkerSettings, serve  # noqa: PLC0415 - needs an extra
+    except ModuleNotFoundError as error:
+        raise _CannotGoOnError("Ray is missing: pip install 'parallel-agents[ray]'") from error
+    if log_level is not None:
+        _log_to_stderr(log_level)
+    try:
+        settings = RayWorkerSettings(
+            engine=engine,
+            name=name,
+            hosts=hosts,
+            max_agents=max_concurrency,
+            grace_seconds=grace,
+            address=address or "auto",
+            health=None if health is None else _host_and_port(health),
+        )
+    except (ValueError, TypeError) as error:
+        raise _CannotGoOnError(str(error)) from error
+    try:
+        return anyio.run(serve, settings)
+    except CannotServeError as error:
+        raise _CannotGoOnError(str(error), FAILED) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()):
+        raise ValueError(f"--health needs host:port, got {address!r}")
+    return host, int(port)
+
+
+@app.command
 def check(
     plan: Path,
     /,

@@ -1,7 +1,7 @@
 """The host: an actor of Ray that runs agents, which drivers send to it, ask about and cancel by their ids.
 
-Its methods take and return text, never raise on purpose, and may be called again by Ray after it was restarted. Nothing
-here imports Ray: the actor is this class, made one by ``RayEngine``. It outlives its drivers, so that another can go on
+Its methods take and return text, and never raise on purpose. Nothing here imports Ray: the actor is this class, made
+one by ``RayEngine``. It outlives its drivers, so that another can go on
 where one was killed; an agent that nobody asks about runs to its end, and its ending is kept for a while.
 """
 
@@ -90,6 +90,7 @@ class HostState:
         running: Agents that run.
         queued: Agents that wait for a place.
         started: Agents that it has started in its life.
+        untold: Agents that have ended without all drivers that ask for them having heard it.
         is_draining: Whether it takes no more.
     """
 
@@ -98,6 +99,7 @@ class HostState:
     running: int
     queued: int
     started: int
+    untold: int
     is_draining: bool
 
 
@@ -143,6 +145,11 @@ class _Hosted:
     watchers: set[str] = Factory(set)
     task: "asyncio.Task[None] | None" = None
     ended_at: float | None = None
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether a driver waits to hear how it ended."""
+        return self.task is not None and self.ended_at is not None and bool(self.watchers)
 
     def is_no_answer_for(self, order: Order) -> bool:
         """Whether it has ended in a way that lets the same order start it anew."""
@@ -229,6 +236,7 @@ class Host:
                 running=self._running,
                 queued=len(self._queue),
                 started=self._started,
+                untold=sum(agent.is_untold for agent in self._agents.values()),
                 is_draining=self._is_draining,
             )
         )

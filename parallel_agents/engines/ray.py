@@ -82,7 +82,9 @@ class RayEngine:
         inner: The engine that the hosts run, as ``module:attribute``: an engine or an async function of an assignment.
             Ray's workers import it, so it must be installed, or on ``PYTHONPATH``, wherever they run.
         name: Names the hosts ``{name}-0``, ``{name}-1``, ...; each inner engine needs a name of its own.
-        hosts: How many there are; agents are spread over them by their ids. Those that are missing are started.
+        hosts: How many there are; agents are spread over them by their ids.
+        starts_hosts: Whether those that are missing are started; otherwise they are waited for, and the command
+            ``parallel-agents worker --ray`` starts and stops them.
         max_agents: The most agents of each host that is started; more wait for a place.
         execution: All drivers that are given the same name mean the same agents: one that is started after another was
             killed goes on with those that run. Unless given, no other driver does.
@@ -100,6 +102,7 @@ class RayEngine:
         *,
         name: str = "parallel-agents",
         hosts: int = 1,
+        starts_hosts: bool = True,
         max_agents: int | None = None,
         execution: str | None = None,
         version: str = "",
@@ -131,6 +134,7 @@ class RayEngine:
         self._inner = inner
         self._name = name
         self._hosts = hosts
+        self._starts_hosts = starts_hosts
         self._max_agents = max_agents
         self._execution = execution or secrets.token_hex(8)
         self._version = version
@@ -182,14 +186,6 @@ class RayEngine:
             link = await self._link(zlib.crc32(agent.order.id.encode()) % self._hosts)
             link.submit(agent)
             try:
-                with anyio.move_on_after(self._reach_seconds) as scope:
-                    await agent.wait_for_news()
-                if scope.cancelled_caught:
-                    link.cancel(agent)
-                    raise EngineUnavailableError(
-                        f"No answer from a host of {self._name!r} within {self._reach_seconds:g} s: is there room "
-                        "for it in the cluster? See: ray status"
-                    )
                 return await agent.ended()
             except anyio.get_cancelled_exc_class() as cancellation:  # noqa: ASYNC103 - what it returned is its result
                 link.cancel(agent)
@@ -231,22 +227,50 @@ class RayEngine:
             if links.failures > failures:  # while this one waited; each trying for itself would take too long
                 raise EngineUnavailableError(links.failure)
             try:
-                actor = await anyio.to_thread.run_sync(self._host, number)
+                actor = await self._host(number)
             except Exception as error:
                 links.failures += 1
-                links.failure = f"No connection to Ray at {self._address!r}: {_first_line(error)}"
+                links.failure = f"No host is to be had from Ray at {self._address!r}: {first_line(error)}"
                 raise EngineUnavailableError(links.failure) from error
             link = links.known[number] = _Link(actor)
             return link
 
-    def _host(self, number: int) -> Any:
-        """Return a host's actor, started if it is not there; waits for the cluster."""
-        with _connecting:
-            if not ray.is_initialized():
-                ray.init(address=self._address, log_to_driver=False, configure_logging=False)
-        return host_actor(
-            f"{self._name}-{number}", self._inner, max_agents=self._max_agents, options=self._actor_options
+    async def _host(self, number: int) -> Any:
+        """Return a host's actor, started if it is not there, as soon as it answers."""
+        name = f"{self._name}-{number}"
+        await anyio.to_thread.run_sync(connect, self._address)
+        actor = None
+        with anyio.move_on_after(self._reach_seconds):
+            while True:
+                if self._starts_hosts:
+                    make = partial(host_actor, max_agents=self._max_agents, options=self._actor_options)
+                    actor = await anyio.to_thread.run_sync(make, name, self._inner)
+                else:
+                    actor = await anyio.to_thread.run_sync(_actor_if_there, name)
+                if actor is not None and await _answers(actor):
+                    return actor
+                await anyio.sleep(PAUSE_SECONDS)
+        if actor is None:
+            raise TimeoutError(f"there is no host {name!r}: parallel-agents worker --ray --engine {self._inner}")
+        raise TimeoutError(
+            f"host {name!r} did not answer within {self._reach_seconds:g} s: is there room for it? See: ray status"
         )
+
+
+def connect(address: str) -> None:
+    """Connect this process to a cluster, unless it is connected. Waits for the cluster."""
+    with _connecting:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+
+
+async def _answers(actor: Any) -> bool:
+    """Wait for an actor's first answer; whether it is one."""
+    is_answered, to_loop = anyio.Event(), _to_this_loop()
+    answer = actor.state.remote().future()
+    answer.add_done_callback(lambda _: to_loop(is_answered.set))
+    await is_answered.wait()
+    return answer.exception() is None
 
 
 def host_actor(name: str, inner: str, *, max_agents: int | None, options: Mapping[str, Any]) -> Any:
@@ -260,7 +284,7 @@ def host_actor(name: str, inner: str, *, max_agents: int | None, options: Mappin
                 "lifetime": "detached",
                 "get_if_exists": True,
                 "max_restarts": -1,
-                "max_task_retries": -1,
+                "max_task_retries": 0,  # an agent that kills its host would be started again for ever
                 "max_concurrency": 1000,
                 "num_cpus": 1,
                 "scheduling_strategy": "SPREAD",
@@ -271,7 +295,15 @@ def host_actor(name: str, inner: str, *, max_agents: int | None, options: Mappin
     )
 
 
-def _first_line(error: Exception) -> str:
+def _actor_if_there(name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error; Ray's have many."""
     return error_text(error).strip().splitlines()[0]
 
 
@@ -315,10 +347,6 @@ class _Agent:
         """Let the engine call raise *failure*."""
         self._failure = failure
         self._news.set()
-
-    async def wait_for_news(self) -> None:
-        """Wait for a report or a failure."""
-        await self._news.wait()
 
     async def ended(self) -> Ending:
         """Wait for the agent's end; what is reported until then goes into its run."""
@@ -462,7 +490,7 @@ class _Link:
         try:
             answer: Future[str] = getattr(self._actor, method).remote(self._name, text).future()
         except Exception as error:  # noqa: BLE001 - whatever Ray raises where this process is not connected any more
-            self._break(_HostLostError(_first_line(error)))
+            self._break(_HostLostError(first_line(error)))
         else:
             answer.add_done_callback(lambda done: self._to_loop(partial(then, done)))
 
@@ -474,7 +502,7 @@ class _Link:
             self._break(error)
             return None
         except Exception as error:  # noqa: BLE001 - whatever Ray raises for an actor that is gone
-            self._break(_HostLostError(_first_line(error)))
+            self._break(_HostLostError(first_line(error)))
             return None
         if news.refusal:
             self._break(WorkerRefusedError(news.refusal))

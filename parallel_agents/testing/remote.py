@@ -22,7 +22,8 @@ from .._outcomes import AgentOutcome, AgentRunResult, OutcomeStatus
 from .._shutdown import ShutdownManager
 from ..engines import _remote
 from ..engines._protocol import AgentEngine
-from ..events import CHAT_REQUEST_RETRY, ParallelEvent
+from ..events import CHAT_REQUEST_RETRY
+from .plugin import EventRecorder
 from .remote_agents import Diary, assignment
 
 SECONDS = 60.0
@@ -77,17 +78,6 @@ class Watched:
         while task_id not in self.metered:
             await self._news.wait()
         return self.metered[task_id]
-
-
-class Observed:
-    """An observer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.events: list[ParallelEvent] = []
-
-    def on_event(self, event: ParallelEvent, /) -> None:
-        """Keep an event."""
-        self.events.append(event)
 
 
 @pytest.mark.anyio
@@ -166,14 +156,13 @@ class RemoteEngineContract:
         assert len(diary.lines("cancelled", "t1")) == 1
 
     async def test_events_of_an_agent_reach_the_observers(
-        self, make_engine: MakeEngine, diary: Diary, execution: str
+        self, make_engine: MakeEngine, diary: Diary, execution: str, recorded_events: EventRecorder
     ) -> None:
         """As they were sent."""
-        observed = Observed()
-        executor = ParallelExecutor(engine=await make_engine(execution), observers=[observed])
+        executor = ParallelExecutor(engine=await make_engine(execution), observers=[recorded_events])
         with anyio.fail_after(SECONDS):
             await executor.execute_group(_group([assignment("emit", diary)]))
-        (event,) = (event for event in observed.events if event.name == CHAT_REQUEST_RETRY)
+        (event,) = (event for event in recorded_events.events if event.name == CHAT_REQUEST_RETRY)
         assert (event.group_id, event.task_id, event.agent_id) == ("contract", "t1", "a1")
         assert event.fields == {"attempt": 1, "wait_seconds": 0.0, "error": "busy {0} <red>"}
 

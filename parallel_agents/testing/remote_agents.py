@@ -6,6 +6,7 @@ the ``diary``, which both ends can read and a kill does not touch.
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -130,6 +131,16 @@ async def _go_on_when_cancelled(assignment: AgentAssignment, diary: Diary) -> An
     diary.note("ended", assignment.task_id)
 
 
+async def _kill_the_worker(_: AgentAssignment, __: Diary) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def _fail_the_first_time(_: AgentAssignment, __: Diary) -> Any:
+    if current_run().attempt == 1:
+        raise OSError("the first time")
+    return current_run().attempt
+
+
 async def _cancel_itself(_: AgentAssignment, __: Diary) -> Any:
     raise anyio.get_cancelled_exc_class()
 
@@ -147,6 +158,8 @@ _DEEDS: dict[str, Callable[[AgentAssignment, Diary], Awaitable[Any]]] = {
     "return when cancelled": _return_when_cancelled,
     "go on when cancelled": _go_on_when_cancelled,
     "cancel itself": _cancel_itself,
+    "kill the worker": _kill_the_worker,
+    "fail the first time": _fail_the_first_time,
 }
 
 
