@@ -6,11 +6,9 @@ and the next one goes on with them.
 
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import anyio
-import ray
 from attrs import field, fields, frozen
 
 from ._checks import integer, not_blank, number
@@ -20,7 +18,7 @@ from ._shutdown import CooperativeTimeout, ShutdownManager
 from ._words import harmless
 from .engines._ray_host import HostState
 from .engines._remote import unpack
-from .engines.ray import connect, first_line, host_actor
+from .engines.ray import answers, connect, end_host, first_line, host_actor
 
 LOOK_SECONDS = 1.0
 """How often the hosts are asked how they are doing."""
@@ -200,14 +198,13 @@ class _Hosts:
                     await anyio.sleep(BUSY_SECONDS)
                     await self._ask("state", ANSWER_SECONDS)
         for actor in self._actors:
-            await anyio.to_thread.run_sync(partial(ray.kill, actor, no_restart=True))
+            await anyio.to_thread.run_sync(end_host, actor)
         return FAILED if interrupted else SUCCEEDED
 
     async def _ask(self, method: str, seconds: float) -> None:
         """Have all hosts do something, and take note of how they are then."""
         try:
-            answers = [getattr(actor, method).remote() for actor in self._actors]
-            texts = await anyio.to_thread.run_sync(partial(ray.get, answers, timeout=seconds))
+            texts = await anyio.to_thread.run_sync(answers, self._actors, method, seconds)
             self._states = [unpack(HostState, text, "worker") for text in texts]
         except ParallelAgentsError as error:
             raise CannotServeError(str(error)) from error

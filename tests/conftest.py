@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 from parallel_agents.testing import virtual_time
 
 pytest_plugins = ["pytester"]
+
+collect_ignore = [] if find_spec("ray") else ["test_ray_engine.py"]
+"""The session ``ray`` of noxfile.py runs it; Ray is too large to be installed for all others."""
 
 # a busy machine is no failure
 hypothesis.settings.register_profile(

@@ -63,8 +63,9 @@ def cluster() -> Iterator[str]:
         before = {name: os.environ.get(name) for name in of_ray}
         os.environ |= of_ray
         log = Path(folder, "start.log")
+        env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}  # of tests alone
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
         try:
             wait_until_it_answers(process, address, log)
             yield address

@@ -21,7 +21,6 @@ MAY_IMPORT = {
     "_json_schema.py": {"docstring_parser", "jsonschema", "pydantic", "pydantic_core", "referencing"},
     "_live.py": {"rich"},
     "_plan_yaml.py": {"yaml"},
-    "_ray_worker.py": {"ray"},
     "engines/_asyncio_thread.py": {"asyncio", "sniffio", "trio"},
     "engines/_chat_client.py": {"httpx2"},
     "engines/_ray_host.py": {"asyncio"},
@@ -31,7 +30,6 @@ MAY_IMPORT = {
     "engines/mcp.py": {"mcp"},
     "engines/openai_agents.py": {"agents"},
     "engines/pydantic_ai.py": {"pydantic_ai"},
-    "engines/ray.py": {"ray"},
     "engines/retry.py": {"stamina"},
     "observers/otel.py": {"opentelemetry"},
     "testing/chat.py": {"h11"},
@@ -45,7 +43,7 @@ MAY_IMPORT = {
 """What each module may import besides the standard library and the core's own requirements; asyncio is for few, too."""
 
 CORE = {"anyio", "attr", "attrs", "cattrs", "loguru"}
-EXTRAS = frozenset(set().union(*MAY_IMPORT.values()) - {"asyncio", "pytest", "trio", "sniffio"})
+EXTRAS = frozenset(set().union({"ray"}, *MAY_IMPORT.values()) - {"asyncio", "pytest", "trio", "sniffio"})
 
 
 def imported(source: str) -> Iterator[str]:

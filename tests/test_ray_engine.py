@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ MakeRayEngine = Callable[..., Any]
 def address() -> Iterator[str]:
     with cluster() as address:
         yield address
-        import ray  # noqa: PLC0415 - it reads the token when it is imported
+        import_module("ray").shutdown()
 
-        ray.shutdown()
+
+@pytest.fixture
+def ray() -> Any:
+    return import_module("ray")
 
 
 class TestRayEngine(RemoteEngineContract):
@@ -53,11 +57,9 @@ def name() -> str:
 
 
 @pytest.fixture
-def ray_engine(name: str) -> Iterator[MakeRayEngine]:
+def ray_engine(name: str, ray: Any) -> Iterator[MakeRayEngine]:
     """Makes engines whose hosts, which are named as no others, are stopped after the test."""
-    import ray  # noqa: PLC0415 - as above
-
-    from parallel_agents.engines.ray import NAMESPACE, RayEngine  # noqa: PLC0415 - as above
+    from parallel_agents.engines.ray import NAMESPACE, RayEngine  # noqa: PLC0415 - Ray reads the token on import
 
     def make(inner: str = AGENT, **options: Any) -> RayEngine:
         return RayEngine(inner, **{"name": name, "actor_options": {"num_cpus": 0}, **options})
@@ -86,10 +88,8 @@ async def test_an_agent_that_kills_each_worker_is_given_up(ray_engine: MakeRayEn
 
 
 async def test_an_agent_of_a_host_that_was_removed_runs_again_on_a_new_one(
-    ray_engine: MakeRayEngine, diary: Diary, name: str
+    ray_engine: MakeRayEngine, ray: Any, diary: Diary, name: str
 ) -> None:
-    import ray  # noqa: PLC0415
-
     engine = Watched(ray_engine())
     with anyio.fail_after(SECONDS):
         async with ParallelExecutor(engine=engine).open_group(

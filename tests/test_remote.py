@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import anyio
 import pytest
+from attrs import evolve
 
 from parallel_agents import (
     AgentAssignment,
@@ -38,6 +39,7 @@ from parallel_agents.engines._remote import (
     VersionMismatchError,
     WorkerRefusedError,
     pack,
+    unconfirmed,
     unpack,
 )
 from parallel_agents.engines._remote_worker import RunOnWorker, engine_named
@@ -120,13 +122,19 @@ def test_claims_do_not_travel() -> None:
 
 
 def test_an_ending_says_what_the_agent_returned_or_raised() -> None:
-    result = AgentRunResult(task_id="t", agent_id="a", termination_reason=TerminationReason.COMPLETED, output=[1])
+    result: AgentRunResult[Any] = AgentRunResult(
+        task_id="t", agent_id="a", termination_reason=TerminationReason.COMPLETED, output=[1]
+    )
     assert Ending.of_value(result).value() == result
     with pytest.raises(RemoteAgentError, match="ValueError: no") as caught:
         Ending.of_error(ValueError("no")).value()
     assert caught.value.error_type == "ValueError"
     with pytest.raises(RemoteAgentError, match="TypeError: The engine returned int instead of an AgentRunResult"):
         Ending.of_value(1).value()
+    with pytest.raises(
+        RemoteAgentError, match="TypeError: an output of type set cannot travel as it is: return plain JSON"
+    ):
+        Ending.of_value(evolve(result, output={1})).value()
     with pytest.raises(WorkerRefusedError, match="not here"):
         Ending(kind=EndingKind.REFUSED, error="not here").value()
 
@@ -167,6 +175,33 @@ async def test_time_does_not_count_while_a_report_says_that_the_agent_waits() ->
         assert not run.waits_for_others
 
     assert (await in_a_run(check)).error is None
+
+
+class NotingEngine:
+    """Its agents run elsewhere, and their workers do not answer."""
+
+    async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class() as cancellation:
+            cancellation.add_note(unconfirmed(0.5))
+            raise
+        raise AssertionError("nobody cancelled it")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio-virtual", "trio-virtual"], indirect=True)
+async def test_that_a_cancellation_is_not_confirmed_is_in_the_outcome() -> None:
+    tasks = [Task(id="cancelled"), Task(id="late")]
+    group = ParallelExecutionGroup.map("g", AgentIdentity(id="a"), tasks, timeout_seconds=5)
+    async with ParallelExecutor(engine=NotingEngine()).open_group(group) as run:
+        await anyio.sleep(1)
+        run.cancel_task("cancelled")
+    note = "The worker did not confirm within 0.5 s that the agent stopped: it may still run, and spend"
+    assert [outcome.error for outcome in run.result.outcomes] == [
+        f"Cancelled: cancel_task() was called. {note}",
+        f"Timed out after 5 s. {note}",
+    ]
 
 
 # An agent on its worker
@@ -354,6 +389,24 @@ def test_a_result_that_was_heard_is_let_go_of_and_the_same_order_starts_anew(dia
             await driver.send(an_order("return", diary, output=1))
             assert (await driver.ending("id1")).value().output == 1
             await driver.news()
+        assert len(diary.lines("started")) == 2
+
+    in_ray(check)
+
+
+def test_another_driver_of_an_agent_that_was_interrupted_hears_of_its_next_start(diary: Diary) -> None:
+    async def check() -> None:
+        one, other = Driver(host := Host(AGENT), "one"), Driver(host, "other")
+        for driver in (one, other):
+            await driver.send(an_order("wait the first time", diary))
+        await diary.wait_for("started")
+        await host.interrupt()
+        assert (await one.ending("id1")).kind is EndingKind.INTERRUPTED
+        await one.send(an_order("wait the first time", diary))
+        assert (await one.ending("id1")).value().output == "the second time"
+        while (ending := await other.ending("id1")).kind is EndingKind.INTERRUPTED:
+            await other.send(an_order("wait the first time", diary))
+        assert ending.value().output == "the second time"
         assert len(diary.lines("started")) == 2
 
     in_ray(check)

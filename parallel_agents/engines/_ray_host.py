@@ -23,6 +23,9 @@ from ._remote_worker import RunOnWorker, engine_named
 NEWS_SECONDS = 1.0
 """How long a driver's question for news waits for some; drivers tell of shutdowns and spent budgets as often."""
 
+TURNS = 4
+"""For so many turns of the event loop more is gathered when there is news, so that a short agent needs one answer."""
+
 SILENT_SECONDS = 60.0
 """A driver that has not asked for so long is gone."""
 
@@ -113,7 +116,7 @@ class _Link:
         has_news: Whether there is something to tell.
         news: Ids of agents of which there is news, in the order in which it came.
         number: Of the last news.
-        told: What the last news told: how many events of each agent, and whether its ending.
+        told: What the last news told: of which agents, how many of their events, and whether the ending.
         seen: How many events of each agent are acknowledged.
     """
 
@@ -122,7 +125,7 @@ class _Link:
     has_news: asyncio.Event = Factory(asyncio.Event)
     news: dict[str, None] = Factory(dict)
     number: int = 0
-    told: dict[str, tuple[int, bool]] = Factory(dict)
+    told: "dict[str, tuple[_Hosted, int, bool]]" = Factory(dict)
     seen: dict[str, int] = Factory(dict)
 
     def note(self, id_: str) -> None:
@@ -222,6 +225,8 @@ class Host:
                     await known.has_news.wait()
             except TimeoutError:
                 self._sweep()
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
         reports = self._gathered(known)
         return pack(News(host=self._life, link=known.name, number=known.number, reports=reports))
 
@@ -262,7 +267,9 @@ class Host:
         """Join the agent that has the order's id, or start one."""
         agent = self._agents.get(order.id)
         if agent is None or agent.is_no_answer_for(order):
-            agent = self._agents[order.id] = _Hosted(RunOnWorker(order, partial(self._note, order.id)))
+            watchers = set() if agent is None else agent.watchers
+            agent = _Hosted(RunOnWorker(order, partial(self._note, order.id)), watchers)
+            self._agents[order.id] = agent
             self._begin(agent, order)
         agent.watchers.add(name)
         link.seen[order.id] = 0
@@ -334,7 +341,7 @@ class Host:
             del link.news[id_]
             if (agent := self._agents.get(id_)) is not None and id_ in link.seen:
                 report = agent.run.report(link.seen[id_])
-                link.told[id_] = (agent.run.event_count, report.ending is not None)
+                link.told[id_] = (agent, agent.run.event_count, report.ending is not None)
                 reports.append(report)
         link.number += 1
         return reports
@@ -346,20 +353,16 @@ class Host:
             for id_ in told:
                 link.note(id_)
             return
-        for id_, (events, is_ended) in told.items():
-            if is_ended:
-                self._unwatch(name, id_)
-            else:
+        for id_, (agent, events, is_ended) in told.items():
+            if agent is not self._agents.get(id_):
+                continue  # another start of it has taken its place
+            if not is_ended:
                 link.seen[id_] = events
-
-    def _unwatch(self, name: str, id_: str) -> None:
-        self._links[name].seen.pop(id_, None)
-        agent = self._agents.get(id_)
-        if agent is None:
-            return
-        agent.watchers.discard(name)
-        if not agent.watchers and agent.run.ending is not None:
-            del self._agents[id_]
+                continue
+            link.seen.pop(id_, None)
+            agent.watchers.discard(name)
+            if not agent.watchers:
+                del self._agents[id_]
 
     def _sweep(self) -> None:
         """Forget drivers that are gone, and the endings that nobody came back for."""

@@ -10,10 +10,11 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -48,7 +49,7 @@ from .asyncio import raise_a_cancellation  # noqa: ASYNC106 - ours
 from .journal import fingerprint
 
 try:
-    import ray
+    ray: Any = import_module("ray")  # so large that it is not there where types are checked
 except ModuleNotFoundError as error:
     message = "RayEngine needs Ray: pip install 'parallel-agents[ray]'"
     raise ModuleNotFoundError(message, name=error.name) from error
@@ -293,6 +294,17 @@ def host_actor(name: str, inner: str, *, max_agents: int | None, options: Mappin
         )
         .remote(inner, max_agents)
     )
+
+
+def answers(actors: Sequence[Any], method: str, seconds: float) -> list[str]:
+    """Call a method of hosts and return what they answer. Waits for it, so many seconds at most."""
+    found: list[str] = ray.get([getattr(actor, method).remote() for actor in actors], timeout=seconds)
+    return found
+
+
+def end_host(actor: Any) -> None:
+    """End a host for good, with all that runs there."""
+    ray.kill(actor, no_restart=True)
 
 
 def _actor_if_there(name: str) -> Any:
