@@ -27,7 +27,7 @@ from parallel_agents import (
 )
 from parallel_agents._health import serve_health
 from parallel_agents.engines import _ray_host, _remote
-from parallel_agents.engines._ray_host import Host, HostState, News, Parcel, Question
+from parallel_agents.engines._ray_host import Host, HostState, News, Parcel
 from parallel_agents.engines._remote import (
     Account,
     AgentEvent,
@@ -318,26 +318,24 @@ class Driver:
     def __init__(self, host: Host, name: str = "driver") -> None:
         self.host = host
         self.name = name
-        self.number = 0
+        self.heard = 0
+        self.link = ""
         self.endings: dict[str, Ending] = {}
 
-    async def send(self, *orders: Order, cancels: tuple[str, ...] = ()) -> News:
-        parcel = Parcel(orders=orders, cancels=cancels)
-        return unpack(News, await self.host.send(self.name, pack(parcel)), "worker")
-
-    async def news(self, *, hears: bool = True, **told: Any) -> list[Report]:
-        question = Question(acknowledged=self.number, **told)
-        news = unpack(News, await self.host.news(self.name, pack(question)), "worker")
+    async def send(self, *orders: Order, **said: Any) -> News:
+        """Call the host, and hear what it answers."""
+        parcel = Parcel(orders=orders, heard=self.heard, **said)
+        news = unpack(News, await self.host.exchange(self.name, pack(parcel)), "worker")
         assert not news.refusal
-        if hears:
-            self.number = news.number
-            self.endings |= {report.id: report.ending for report in news.reports if report.ending is not None}
-        return list(news.reports)
+        self.heard = max(self.heard if news.link == self.link else 0, news.number)
+        self.link = news.link
+        self.endings |= {report.id: report.ending for report in news.reports if report.ending is not None}
+        return news
 
     async def ending(self, id_: str) -> Ending:
         """Ask until an agent has ended."""
         while id_ not in self.endings:
-            await self.news()
+            await self.send()
         return self.endings.pop(id_)
 
     async def state(self) -> HostState:
@@ -359,25 +357,43 @@ def test_an_order_that_is_sent_twice_is_started_once(diary: Diary) -> None:
         diary.note("go")
         assert await one.ending("id1") == await other.ending("id1")
         assert len(diary.lines("started")) == 1
-        await one.news()
+        await one.send()
         assert (await one.state()).untold == 1
-        await other.news()
+        await other.send()
         assert (await one.state()).untold == 0
 
     in_ray(check)
 
 
-def test_what_a_driver_has_not_heard_is_told_again(diary: Diary) -> None:
+def test_events_are_told_once_and_all_again_to_a_driver_that_sends_the_order_again(diary: Diary) -> None:
     async def check() -> None:
         driver = Driver(Host(AGENT))
-        await driver.send(an_order("emit", diary))
-        await diary.wait_for("started")
-        while not (reports := await driver.news(hears=False)) or reports[0].ending is None:
-            pass
-        (again,) = await driver.news(hears=True)
-        assert again == reports[0]
-        assert len(again.events) == 1
-        assert await driver.news() == []
+        news = await driver.send(an_order("emit", diary))
+        assert [len(report.events) for report in news.reports] == [1]
+        again = await driver.send(an_order("emit", diary, 2))
+        assert [report.id for report in again.reports] == ["id2"]
+        unheard = Driver(driver.host, "unheard")
+        await unheard.send(an_order("spend and wait", diary, 3))
+        unheard.heard = 0
+        (report,) = (await unheard.send(an_order("spend and wait", diary, 3))).reports
+        assert (report.usage, report.ending) == (Usage(requests=1, cost=0.5), None)
+        assert len(diary.lines("started")) == 3
+
+    in_ray(check)
+
+
+def test_a_call_that_waits_is_relieved_by_the_next(diary: Diary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ray_host, "NEWS_SECONDS", 1000.0)
+
+    async def check() -> None:
+        driver = Driver(Host(AGENT))
+        first = asyncio.create_task(driver.send())
+        await asyncio.sleep(0)
+        second = asyncio.create_task(driver.send())
+        assert (await first).reports == ()
+        third = await driver.send(an_order("return", diary))
+        assert [report.id for report in third.reports] == ["id1"]
+        assert (await second).reports == ()
 
     in_ray(check)
 
@@ -388,7 +404,7 @@ def test_a_result_that_was_heard_is_let_go_of_and_the_same_order_starts_anew(dia
         for _ in range(2):
             await driver.send(an_order("return", diary, output=1))
             assert (await driver.ending("id1")).value().output == 1
-            await driver.news()
+            await driver.send()
         assert len(diary.lines("started")) == 2
 
     in_ray(check)
@@ -428,10 +444,12 @@ def test_no_more_agents_run_than_the_host_has_places(diary: Diary) -> None:
     async def check() -> None:
         driver = Driver(Host(AGENT, max_agents=1))
         first, second, third = (an_order("spend and wait", diary, n) for n in (1, 2, 3))
-        await driver.send(first, second, third)
-        await diary.wait_for("started", "t1")
-        reports = {report.id: report.is_waiting for report in await driver.news()}
-        assert reports == {"id1": False, "id2": True, "id3": True}
+        news = await driver.send(first, second, third)
+        assert [(report.id, report.is_waiting) for report in news.reports] == [
+            ("id1", False),
+            ("id2", True),
+            ("id3", True),
+        ]
         state = await driver.state()
         assert (state.running, state.queued, state.started) == (1, 2, 1)
         await driver.send(cancels=("id2", "no such"))
@@ -491,8 +509,8 @@ def test_agents_hear_of_a_shutdown_and_of_a_spent_budget(diary: Diary) -> None:
         driver = Driver(Host(AGENT))
         await driver.send(an_order("tell the context", diary))
         await diary.wait_for("waits")
-        await driver.news(budget_spent=("id1", "no such"))
-        await driver.news(stopping=("id1", "no such"))
+        await driver.send(budget_spent=("id1", "no such"))
+        await driver.send(stopping=("id1", "no such"))
         assert (await driver.ending("id1")).kind is EndingKind.RETURNED
 
     in_ray(check)
@@ -503,23 +521,21 @@ def test_drivers_that_are_gone_and_endings_that_nobody_came_for_are_forgotten(
 ) -> None:
     async def check() -> None:
         gone, other = Driver(host := Host(AGENT), "gone"), Driver(host, "other")
-        await gone.send(an_order("return", diary, 1))
-        await diary.wait_for("started")
-        link = (await gone.send()).link
+        link = (await gone.send(an_order("return", diary, 1))).link
         monkeypatch.setattr(_ray_host, "SILENT_SECONDS", -1.0)
         monkeypatch.setattr(_ray_host, "KEEP_SECONDS", 1000.0)
-        await other.news()
+        await other.send()
         monkeypatch.setattr(_ray_host, "SILENT_SECONDS", 1000.0)
         await other.send(an_order("return", diary, 1))
         assert (await other.ending("id1")).kind is EndingKind.RETURNED
         assert len(diary.lines("started")) == 1, "kept for whoever comes back"
-        assert (await gone.send()).link != link
+        assert (await gone.send()).link not in ("", link)
 
         await other.send(an_order("return", diary, 2))
         await diary.wait_for("started", "t2")
         monkeypatch.setattr(_ray_host, "SILENT_SECONDS", -1.0)
         monkeypatch.setattr(_ray_host, "KEEP_SECONDS", -1.0)
-        await gone.news()
+        await gone.send()
         monkeypatch.setattr(_ray_host, "SILENT_SECONDS", 1000.0)
         await other.send(an_order("return", diary, 2))
         await diary.wait_for("started", "t2", count=2)
@@ -530,10 +546,9 @@ def test_drivers_that_are_gone_and_endings_that_nobody_came_for_are_forgotten(
 def test_what_a_host_cannot_read_is_told(diary: Diary) -> None:
     async def check() -> None:
         host = Host(AGENT)
-        for method in (host.send, host.news):
-            assert "not a message" in unpack(News, await method("d", "[]"), "worker").refusal
-            other = json.dumps({"protocol": 0, "version": "0", "body": {}})
-            assert "The driver runs parallel_agents 0" in unpack(News, await method("d", other), "worker").refusal
+        assert "not a message" in unpack(News, await host.exchange("d", "[]"), "worker").refusal
+        other = json.dumps({"protocol": 0, "version": "0", "body": {}})
+        assert "The driver runs parallel_agents 0" in unpack(News, await host.exchange("d", other), "worker").refusal
 
     in_ray(check)
 

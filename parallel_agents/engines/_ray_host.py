@@ -9,6 +9,7 @@ import asyncio  # noqa: TID251 - the methods of an actor run in Ray's own loop, 
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 
@@ -21,13 +22,13 @@ from ._remote import Ending, EndingKind, Order, Report, VersionMismatchError, pa
 from ._remote_worker import RunOnWorker, engine_named
 
 NEWS_SECONDS = 1.0
-"""How long a driver's question for news waits for some; drivers tell of shutdowns and spent budgets as often."""
+"""How long a driver's call waits for news; drivers tell of shutdowns and spent budgets as often."""
 
 TURNS = 4
 """For so many turns of the event loop more is gathered when there is news, so that a short agent needs one answer."""
 
 SILENT_SECONDS = 60.0
-"""A driver that has not asked for so long is gone."""
+"""A driver that has not called for so long is gone."""
 
 KEEP_SECONDS = 3600.0
 """How long the ending of an agent is kept for a driver that comes back."""
@@ -43,25 +44,16 @@ class Parcel:
     Attributes:
         orders: To be started; one whose id is known is joined.
         cancels: Ids of agents to be cancelled.
+        stopping: Ids of agents whose driver is shutting down.
+        budget_spent: Ids of agents whose group has spent its budget.
+        heard: The number of the last news that arrived.
     """
 
     orders: tuple[Order, ...] = field(default=(), converter=as_tuple)
     cancels: tuple[str, ...] = field(default=(), converter=as_tuple)
-
-
-@frozen(kw_only=True)
-class Question:
-    """A driver's question for news.
-
-    Attributes:
-        acknowledged: The number of the last news that arrived.
-        stopping: Ids of agents whose driver is shutting down.
-        budget_spent: Ids of agents whose group has spent its budget.
-    """
-
-    acknowledged: int = 0
     stopping: tuple[str, ...] = field(default=(), converter=as_tuple)
     budget_spent: tuple[str, ...] = field(default=(), converter=as_tuple)
+    heard: int = 0
 
 
 @frozen(kw_only=True)
@@ -69,14 +61,12 @@ class News:
     """What a host answers.
 
     Attributes:
-        host: Names this life of the host; one that was restarted knows nothing of what ran before.
         link: Names what the host knows of this driver; it forgets one that it has not heard of for long.
-        number: To be acknowledged, or the same is told again.
+        number: Grows; once it is heard, endings in these news and in those before are let go of.
         reports: Of agents of which there is news.
         refusal: Why nothing could be read of what was sent.
     """
 
-    host: str
     link: str = ""
     number: int = 0
     reports: tuple[Report, ...] = field(default=(), converter=as_tuple)
@@ -112,25 +102,28 @@ class _Link:
 
     Attributes:
         name: Which no other has, not even one of the same driver.
-        asked_at: When it last asked for something.
-        has_news: Whether there is something to tell.
+        called_at: When it last called.
+        calls: How often it has called.
+        is_wanted: Set when a call that waits has something to answer, or another has come.
         news: Ids of agents of which there is news, in the order in which it came.
         number: Of the last news.
-        told: What the last news told: of which agents, how many of their events, and whether the ending.
-        seen: How many events of each agent are acknowledged.
+        seen: How many events of each agent it was told.
+        told: Agents whose endings it was told, by the number of the news, and has not heard as far as is known.
     """
 
     name: str = Factory(partial(secrets.token_hex, 8))
-    asked_at: float = 0.0
-    has_news: asyncio.Event = Factory(asyncio.Event)
+    called_at: float = 0.0
+    calls: int = 0
+    is_wanted: asyncio.Event = Factory(asyncio.Event)
     news: dict[str, None] = Factory(dict)
     number: int = 0
-    told: "dict[str, tuple[_Hosted, int, bool]]" = Factory(dict)
     seen: dict[str, int] = Factory(dict)
+    told: "dict[int, list[_Hosted]]" = Factory(dict)
 
     def note(self, id_: str) -> None:
+        """Take note that there is news of an agent."""
         self.news[id_] = None
-        self.has_news.set()
+        self.is_wanted.set()
 
 
 @define(eq=False)
@@ -179,7 +172,6 @@ class Host:
         self._engine_name = engine
         self._engine: AgentEngine | None = None
         self._max_agents = max_agents
-        self._life = secrets.token_hex(8)
         self._agents: dict[str, _Hosted] = {}
         self._links: dict[str, _Link] = {}
         self._queue: dict[str, _Hosted] = {}
@@ -190,45 +182,45 @@ class Host:
 
     # What drivers call
 
-    async def send(self, link: str, text: str) -> str:
-        """Take a ``Parcel``; answer with ``News`` that has no reports."""
+    async def exchange(self, driver: str, text: str) -> str:
+        """Take a ``Parcel``; answer with ``News`` as soon as there is some, or after a while, or when called again."""
         try:
             parcel = unpack(Parcel, text, "driver")
         except (VersionMismatchError, InvalidDataError) as error:
-            return pack(News(host=self._life, refusal=str(error)))
-        known = self._link(link)
+            return pack(News(refusal=str(error)))
+        link = self._link(driver)
+        self._let_go(driver, link, parcel.heard)
         for order in parcel.orders:
-            self._take(order, link, known)
-        for id_ in parcel.cancels:
-            if (agent := self._agents.get(id_)) is not None:
-                self._stop(agent)
-        return pack(News(host=self._life, link=known.name))
+            self._take(order, driver, link)
+        for agent in self._known(parcel.cancels):
+            self._stop(agent)
+        for agent in self._known(parcel.stopping):
+            agent.run.is_stopping = True
+        for agent in self._known(parcel.budget_spent):
+            agent.run.is_budget_spent = True
+        if not await self._is_to_tell(link):
+            return pack(News(link=link.name))
+        reports = self._gathered(link)
+        return pack(News(link=link.name, number=link.number, reports=reports))
 
-    async def news(self, link: str, text: str) -> str:
-        """Answer a ``Question`` with ``News``, as soon as there is some, or without any after a while."""
-        try:
-            question = unpack(Question, text, "driver")
-        except (VersionMismatchError, InvalidDataError) as error:
-            return pack(News(host=self._life, refusal=str(error)))
-        known = self._link(link)
-        self._acknowledge(link, known, question.acknowledged)
-        for id_ in question.stopping:
-            if (agent := self._agents.get(id_)) is not None:
-                agent.run.is_stopping = True
-        for id_ in question.budget_spent:
-            if (agent := self._agents.get(id_)) is not None:
-                agent.run.is_budget_spent = True
-        if not known.news:
-            known.has_news.clear()
+    def _known(self, ids: Sequence[str]) -> "list[_Hosted]":
+        return [self._agents[id_] for id_ in ids if id_ in self._agents]
+
+    async def _is_to_tell(self, link: _Link) -> bool:
+        """Wait for news, or for another call of the driver, which relieves this one; whether this one is to tell it."""
+        link.is_wanted.set()
+        link.calls += 1
+        this = link.calls
+        if not link.news:
+            link.is_wanted = asyncio.Event()
             try:
                 async with asyncio.timeout(NEWS_SECONDS):
-                    await known.has_news.wait()
+                    await link.is_wanted.wait()
             except TimeoutError:
                 self._sweep()
-            for _ in range(TURNS):
-                await asyncio.sleep(0)
-        reports = self._gathered(known)
-        return pack(News(host=self._life, link=known.name, number=known.number, reports=reports))
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        return this == link.calls
 
     # What the worker command calls
 
@@ -263,7 +255,7 @@ class Host:
 
     # Agents
 
-    def _take(self, order: Order, name: str, link: _Link) -> None:
+    def _take(self, order: Order, driver: str, link: _Link) -> None:
         """Join the agent that has the order's id, or start one."""
         agent = self._agents.get(order.id)
         if agent is None or agent.is_no_answer_for(order):
@@ -271,7 +263,7 @@ class Host:
             agent = _Hosted(RunOnWorker(order, partial(self._note, order.id)), watchers)
             self._agents[order.id] = agent
             self._begin(agent, order)
-        agent.watchers.add(name)
+        agent.watchers.add(driver)
         link.seen[order.id] = 0
         link.note(order.id)
 
@@ -323,9 +315,9 @@ class Host:
 
     # Telling
 
-    def _link(self, name: str) -> _Link:
-        link = self._links.setdefault(name, _Link())
-        link.asked_at = time.monotonic()
+    def _link(self, driver: str) -> _Link:
+        link = self._links.setdefault(driver, _Link())
+        link.called_at = time.monotonic()
         return link
 
     def _note(self, id_: str) -> None:
@@ -337,32 +329,33 @@ class Host:
     def _gathered(self, link: _Link) -> list[Report]:
         """Return the reports of those of which there is news, and take note of what they tell."""
         reports = []
+        link.number += 1
+        ended = []
         for id_ in tuple(islice(link.news, AT_ONCE)):
             del link.news[id_]
-            if (agent := self._agents.get(id_)) is not None and id_ in link.seen:
-                report = agent.run.report(link.seen[id_])
-                link.told[id_] = (agent, agent.run.event_count, report.ending is not None)
-                reports.append(report)
-        link.number += 1
+            agent = self._agents.get(id_)
+            if agent is None or id_ not in link.seen:
+                continue
+            report = agent.run.report(link.seen[id_])
+            link.seen[id_] = agent.run.event_count
+            reports.append(report)
+            if report.ending is not None:
+                ended.append(agent)
+        if ended:
+            link.told[link.number] = ended
         return reports
 
-    def _acknowledge(self, name: str, link: _Link, number: int) -> None:
-        """Let go of what a driver has heard; what it has not is told again."""
-        told, link.told = link.told, {}
-        if number != link.number:
-            for id_ in told:
-                link.note(id_)
-            return
-        for id_, (agent, events, is_ended) in told.items():
-            if agent is not self._agents.get(id_):
-                continue  # another start of it has taken its place
-            if not is_ended:
-                link.seen[id_] = events
-                continue
-            link.seen.pop(id_, None)
-            agent.watchers.discard(name)
-            if not agent.watchers:
-                del self._agents[id_]
+    def _let_go(self, driver: str, link: _Link, heard: int) -> None:
+        """Forget endings that all who ask for them have heard."""
+        for number in [number for number in link.told if number <= heard]:
+            for agent in link.told.pop(number):
+                id_ = agent.run.id
+                if agent is not self._agents.get(id_):
+                    continue  # another start of it has taken its place
+                link.seen.pop(id_, None)
+                agent.watchers.discard(driver)
+                if not agent.watchers:
+                    del self._agents[id_]
 
     def _sweep(self) -> None:
         """Forget drivers that are gone, and the endings that nobody came back for."""
@@ -371,7 +364,7 @@ class Host:
             return
         self._swept_at = now
         for name, link in tuple(self._links.items()):
-            if now - link.asked_at > SILENT_SECONDS:
+            if now - link.called_at > SILENT_SECONDS:
                 for agent in self._agents.values():
                     agent.watchers.discard(name)
                 del self._links[name]

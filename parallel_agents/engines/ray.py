@@ -1,7 +1,7 @@
 """RayEngine: agents that run on a Ray cluster, from asyncio and from trio.
 
-A driver has one link to each host: one call that sends what has gathered since the last, one that waits for news.
-Ray's threads only leave a message in the event loop when a call is answered, so no thread waits for an agent.
+A driver has one link to each host, whose calls tell what has gathered and bring back news of all agents there. Ray's
+threads only leave a message in the event loop when a call is answered, so no thread waits for an agent.
 What happens on the other side is in ``_ray_host``.
 """
 
@@ -30,7 +30,7 @@ from .._models import AgentAssignment
 from .._outcomes import AgentRunResult
 from ..events import error_text
 from ..serialization import InvalidDataError
-from ._ray_host import AT_ONCE, NEWS_SECONDS, Host, News, Parcel, Question
+from ._ray_host import AT_ONCE, NEWS_SECONDS, TURNS, Host, News, Parcel
 from ._remote import (
     Account,
     Ending,
@@ -331,14 +331,12 @@ class _Agent:
         order: What was sent.
         run: Its run here.
         account: Where reports go.
-        is_accepted: Whether the host has it.
         told: What the host was told of its group: whether it is shutting down, and whether its budget is spent.
     """
 
     order: Order
     run: RunContext
     account: Account
-    is_accepted: bool = False
     told: tuple[bool, bool] = (False, False)
     _reports: deque[Report] = Factory(deque)
     _news: anyio.Event = Factory(anyio.Event)
@@ -346,7 +344,7 @@ class _Agent:
 
     def begin(self) -> None:
         """Forget what was before: it goes to a host."""
-        self.is_accepted, self.told, self._failure = False, (False, False), None
+        self.told, self._failure = (False, False), None
         self._reports.clear()
         self._news = anyio.Event()
 
@@ -409,11 +407,9 @@ class _Link:
         self._agents: dict[str, list[_Agent]] = {}
         self._orders: dict[_Agent, None] = {}
         self._cancels: list[str] = []
-        self._sent: list[_Agent] | None = None
-        self._is_listening = False
-        self._owes_an_answer = False
-        self._number = 0
-        self._host = self._link = ""
+        self._calls = 0
+        self._link = ""
+        self._heard = self._told = 0
         self._told_at = 0.0
 
     def submit(self, agent: _Agent) -> None:
@@ -421,8 +417,7 @@ class _Link:
         agent.begin()
         self._agents.setdefault(agent.order.id, []).append(agent)
         self._orders[agent] = None
-        self._send()
-        self._listen()
+        self._call()
 
     def cancel(self, agent: _Agent) -> None:
         """Have an agent cancelled; its report tells when it has ended."""
@@ -431,7 +426,7 @@ class _Link:
             agent.take(Report(id=agent.order.id, start="", ending=Ending(kind=EndingKind.CANCELLED)))
         else:
             self._cancels.append(agent.order.id)
-            self._send()
+            self._call()
 
     def leave(self, agent: _Agent) -> None:
         """Bring no more reports of an agent."""
@@ -442,45 +437,42 @@ class _Link:
         if not ours:
             self._agents.pop(agent.order.id, None)
 
-    def _send(self) -> None:
-        """Send what has gathered, unless the last of it is still on its way."""
-        if self.is_broken or self._sent is not None or not (self._orders or self._cancels):
+    def _call(self) -> None:
+        """Call the host, if there is something to say to it or to hear from it.
+
+        Two calls are under way at most: one that waits there for news, and the next, whose arrival relieves it. What
+        there is to say meanwhile gathers.
+        """
+        has_to_say = bool(self._orders or self._cancels)
+        is_enough = self._calls >= (2 if has_to_say else 1)
+        if self.is_broken or is_enough or not (has_to_say or self._agents or self._heard > self._told):
             return
-        self._sent, cancels = list(islice(self._orders, AT_ONCE)), self._cancels
-        for agent in self._sent:
+        text = pack(self._parcel())
+        self._calls += 1
+        try:
+            answer: Future[str] = self._actor.exchange.remote(self._name, text).future()
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises where this process is not connected any more
+            self._break(_HostLostError(first_line(error)))
+        else:
+            answer.add_done_callback(lambda done: self._to_loop(partial(self._on_answer, done)))
+
+    def _parcel(self) -> Parcel:
+        """Return what there is to say, which is said then."""
+        stopping, budget_spent = self._news_of_groups()
+        orders = list(islice(self._orders, AT_ONCE))
+        for agent in orders:
             del self._orders[agent]
-        self._cancels = []
-        parcel = Parcel(orders=[agent.order for agent in self._sent], cancels=cancels)
-        self._call("send", pack(parcel), self._on_sent)
+        cancels, self._cancels = self._cancels, []
+        self._told = self._heard
+        return Parcel(
+            orders=[agent.order for agent in orders],
+            cancels=cancels,
+            stopping=stopping,
+            budget_spent=budget_spent,
+            heard=self._heard,
+        )
 
-    def _on_sent(self, answer: "Future[str]") -> None:
-        sent, self._sent = self._sent or [], None
-        if self._read(answer) is not None:
-            for agent in sent:
-                agent.is_accepted = True
-            self._send()
-
-    def _listen(self) -> None:
-        """Ask for news, unless that is being done or there is nothing to ask for."""
-        if self.is_broken or self._is_listening or not (self._agents or self._owes_an_answer):
-            return
-        self._is_listening, self._owes_an_answer = True, False
-        stopping, budget_spent = self._to_tell()
-        question = Question(acknowledged=self._number, stopping=stopping, budget_spent=budget_spent)
-        self._call("news", pack(question), self._on_news)
-
-    def _on_news(self, answer: "Future[str]") -> None:
-        self._is_listening = False
-        news = self._read(answer)
-        if news is None:
-            return
-        self._number, self._owes_an_answer = news.number, bool(news.reports)
-        self._listen()
-        for report in news.reports:
-            for agent in self._agents.get(report.id, ()):
-                agent.take(report)
-
-    def _to_tell(self) -> tuple[list[str], list[str]]:
+    def _news_of_groups(self) -> tuple[list[str], list[str]]:
         """Return the ids of agents whose host does not know yet that they are to finish, and those without a budget."""
         stopping: list[str] = []
         budget_spent: list[str] = []
@@ -491,20 +483,40 @@ class _Link:
         for id_, agents in self._agents.items():
             for agent in agents:
                 state = agent.run.shutdown_requested, agent.run.budget_exhausted
-                if agent.is_accepted and state != agent.told:
+                if agent not in self._orders and state != agent.told:
                     agent.told = state
                     stopping += [id_] * state[0]
                     budget_spent += [id_] * state[1]
         return stopping, budget_spent
 
-    def _call(self, method: str, text: str, then: "Callable[[Future[str]], None]") -> None:
-        """Call a method of the host; its answer is taken in the event loop."""
-        try:
-            answer: Future[str] = getattr(self._actor, method).remote(self._name, text).future()
-        except Exception as error:  # noqa: BLE001 - whatever Ray raises where this process is not connected any more
-            self._break(_HostLostError(first_line(error)))
+    def _on_answer(self, answer: "Future[str]") -> None:
+        self._calls -= 1
+        news = self._read(answer)
+        if news is None:
+            return
+        if news.link != self._link:
+            self._start_over(news.link)
+        for report in news.reports:
+            for agent in self._agents.get(report.id, ()):
+                agent.take(report)
+            if report.ending is not None:
+                self._agents.pop(report.id, None)
+        self._heard = max(self._heard, news.number)
+        self._call_soon(0 if self._agents or self._orders else TURNS)
+
+    def _call_soon(self, turns: int) -> None:
+        """Call the host some turns of the event loop later: an agent that follows can go with what was heard."""
+        if turns:
+            self._to_loop(partial(self._call_soon, turns - 1))
         else:
-            answer.add_done_callback(lambda done: self._to_loop(partial(then, done)))
+            self._call()
+
+    def _start_over(self, link: str) -> None:
+        """Send all agents again that the host should know, unless this is its first answer: it has forgotten them."""
+        if self._link:
+            self._orders |= dict.fromkeys(agent for agents in self._agents.values() for agent in agents)
+            self._heard = self._told = 0
+        self._link = link
 
     def _read(self, answer: "Future[str]") -> News | None:
         """Return what the host said; None if it said nothing that can be read, which its agents are told."""
@@ -519,21 +531,7 @@ class _Link:
         if news.refusal:
             self._break(WorkerRefusedError(news.refusal))
             return None
-        if (news.host, news.link) != (self._host, self._link):
-            is_new_life = self._host not in ("", news.host)
-            self._host, self._link, self._number = news.host, news.link, 0
-            self._start_over(is_new_life=is_new_life)
         return news
-
-    def _start_over(self, *, is_new_life: bool) -> None:
-        """Send all agents again that the host has accepted: it was restarted, or has forgotten this driver."""
-        for agents in self._agents.values():
-            for agent in agents:
-                if agent.is_accepted and is_new_life:
-                    agent.fail(_HostLostError("its process ended"))
-                elif agent.is_accepted:
-                    self._orders[agent] = None
-        self._send()
 
     def _break(self, failure: Exception) -> None:
         """Give up the link; its agents are told why."""
