@@ -4,11 +4,14 @@ Starts a cluster of one node on this machine. Times are of the wall clock, for d
 least of several rounds; memory is what processes grow by. The same work is submitted by hand beside it.
 """
 
+import json
 import os
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -121,36 +124,49 @@ async def grown(runs: Any, pid: int) -> tuple[float, float]:
     return (after[0] - before[0]) / IN_FLIGHT, (after[1] - before[1]) / IN_FLIGHT
 
 
-def memory() -> None:
-    """Print what an agent in flight takes of the driver and of its worker."""
+def tell(name: str, kilobytes: tuple[float, float]) -> None:
+    print(f"  {name:26} driver {kilobytes[0]:6.1f}, worker {kilobytes[1]:6.1f}, both {sum(kilobytes):6.1f}")
+
+
+def memory(backend: str) -> None:
+    """Print what an agent in flight takes of the driver and of its worker, in kB."""
     ray = import_module("ray")
-    namespace = import_module("parallel_agents.engines.ray").NAMESPACE
-    anyio.run(run_group, engine("nothing"), 10, 10)
-    print(f"kB per agent in flight, {IN_FLIGHT:,} of them: driver, worker, both")
-    for backend in BACKENDS:
-        runs = engine("wait", cancel_seconds=60.0)
-        anyio.run(runs._link, 0, backend=backend)  # starts the host
-        host = ray.get_actor("bench-wait-0", namespace=namespace)
-        pid = import_module("json").loads(ray.get(host.state.remote()))["body"]["pid"]
-        driver, worker = anyio.run(grown, runs, pid, backend=backend)
-        print(f"  {f'RayEngine, {backend}':26} {driver:6.1f} {worker:6.1f} {driver + worker:6.1f}")
-        ray.kill(host, no_restart=True)
+    anyio.run(run_group, engine("nothing"), 10, 10, backend=backend)
+    runs = engine("wait", cancel_seconds=60.0)
+    anyio.run(runs._link, 0, backend=backend)  # starts the host
+    host = ray.get_actor("bench-wait-0", namespace=import_module("parallel_agents.engines.ray").NAMESPACE)
+    pid = json.loads(ray.get(host.state.remote()))["body"]["pid"]
+    tell(f"RayEngine, {backend}", anyio.run(grown, runs, pid, backend=backend))
+    ray.kill(host, no_restart=True)
+
+
+def memory_by_hand() -> None:
+    """Print the same for calls of an actor."""
+    ray = import_module("ray")
     actor = ray.remote(import_module("cluster_agents").ByHand).options(max_concurrency=20_000, num_cpus=0).remote()
-    driver, worker = anyio.run(grown_by_hand, actor, ray.get(actor.pid.remote()))
-    print(f"  {'by hand, asyncio':26} {driver:6.1f} {worker:6.1f} {driver + worker:6.1f}")
+    tell("by hand, asyncio", anyio.run(grown_by_hand, actor, ray.get(actor.pid.remote())))
 
 
-PARTS = {"overhead": overhead, "memory": memory}
+PARTS: dict[str, Callable[[], None]] = {
+    "overhead": overhead,
+    "memory-asyncio": partial(memory, "asyncio"),
+    "memory-trio": partial(memory, "trio"),
+    "memory-by-hand": memory_by_hand,
+}
 
 
 def main(names: list[str]) -> None:
+    """Run each part in a process of its own, on one cluster."""
+    if names[:1] == ["--part"]:
+        import_module("ray").init(log_to_driver=False, configure_logging=False)
+        PARTS[names[1]]()
+        return
     os.environ["PYTHONPATH"] = str(FOLDER)
     with import_module("ray_cluster").cluster():
-        ray = import_module("ray")
-        ray.init(log_to_driver=False)
         for name in names or PARTS:
-            PARTS[name]()
-        ray.shutdown()
+            if name == "memory-asyncio":
+                print(f"kB per agent in flight, {IN_FLIGHT:,} of them", flush=True)
+            subprocess.run([sys.executable, __file__, "--part", name], check=True)
 
 
 if __name__ == "__main__":

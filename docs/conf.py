@@ -24,6 +24,7 @@ html_css_files = ["site.css"]
 html_title = "parallel_agents"
 
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["ray"]  # too large to be installed for its signatures
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

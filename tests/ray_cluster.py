@@ -45,8 +45,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def cluster() -> Iterator[str]:
-    """Run a cluster of one node for the length of the block, in which the environment leads to it."""
+def cluster(modules: Path | None = None) -> Iterator[str]:
+    """Run a cluster of one node for the length of the block, in which the environment leads to it.
+
+    Args:
+        modules: A folder from which its workers import, too.
+    """
     address = f"{HOST}:{free_port()}"
     of_ray = {
         "RAY_ADDRESS": address,
@@ -56,7 +60,7 @@ def cluster() -> Iterator[str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
         command += [f"--node-ip-address={HOST}", f"--port={address.rpartition(':')[2]}", f"--temp-dir={folder}"]
         command += ["--include-dashboard=false", f"--dashboard-agent-listen-port={free_port()}"]
         command += ["--object-store-memory=100000000"]
@@ -64,6 +68,8 @@ def cluster() -> Iterator[str]:
         os.environ |= of_ray
         log = Path(folder, "start.log")
         env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}  # of tests alone
+        if modules is not None:
+            env["PYTHONPATH"] = str(modules)
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
         try:

@@ -266,6 +266,16 @@ def test_without_its_libraries_the_command_line_says_what_to_install(
     assert capsys.readouterr().err == "parallel-agents: cyclopts is missing: pip install 'parallel-agents[cli]'\n"
 
 
+def test_a_worker_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["worker", "--engine", "module:agent"]) == 2
+    assert "a worker needs to know of which cluster: --ray" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in ("_ray_worker", "engines.ray"):
+        monkeypatch.delitem(sys.modules, f"parallel_agents.{name}", raising=False)
+    assert main(["worker", "--engine", "module:agent", "--ray"]) == 2
+    assert "pip install 'parallel-agents[ray]'" in capsys.readouterr().err
+
+
 def test_a_module_of_ours_that_is_missing_is_no_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "parallel_agents._commands", None)
     with pytest.raises(ModuleNotFoundError):

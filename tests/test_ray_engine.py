@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -29,9 +30,11 @@ MakeRayEngine = Callable[..., Any]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def address() -> Iterator[str]:
-    with cluster() as address:
-        yield address
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder from which the workers of the cluster import."""
+    modules = tmp_path_factory.mktemp("modules")
+    with cluster(modules):
+        yield modules
         import_module("ray").shutdown()
 
 
@@ -210,17 +213,17 @@ def test_one_engine_serves_several_event_loops(ray_engine: MakeRayEngine, diary:
 
 
 @asynccontextmanager
-async def worker(name: str, *options: str) -> AsyncIterator["subprocess.Popen[str]"]:
+async def worker(name: str, *options: str, engine: str = AGENT) -> AsyncIterator["subprocess.Popen[str]"]:
     """Run the command until it says that its hosts are there, and to the end of the block."""
     program = str(Path(sys.executable).with_name("parallel-agents"))
-    command = [program, "worker", "--ray", "--engine", AGENT, "--name", name, *options]
+    command = [program, "worker", "--ray", "--engine", engine, "--name", name, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: ASYNC220 - starting it is quick
     assert process.stderr is not None
+    said = [""]
     try:
-        while "after SIGTERM agents may finish" not in (
-            line := await anyio.to_thread.run_sync(process.stderr.readline)
-        ):
-            assert line, "the worker ended"
+        while "after SIGTERM agents may finish" not in said[-1]:
+            said.append(await anyio.to_thread.run_sync(process.stderr.readline))
+            assert said[-1], "".join(said)  # it has ended
         yield process
     finally:
         process.kill()
@@ -293,6 +296,32 @@ async def test_a_worker_that_was_killed_is_followed_by_one_that_goes_on(
                 async for outcome in run:
                     assert outcome.status is OutcomeStatus.SUCCEEDED
     assert len(diary.lines("started")) == 1
+
+
+async def test_a_driver_that_its_host_has_forgotten_finds_its_agents_again(
+    ray_engine: MakeRayEngine, diary: Diary
+) -> None:
+    engine = ray_engine()
+    with anyio.fail_after(SECONDS):
+        async with ParallelExecutor(engine=engine).open_group(group_of([assignment("wait until told", diary)])) as run:
+            await diary.wait_for("started", "t1")
+            engine._links_of_this_loop.get().known[0]._name = "of whom the host knows nothing"
+            diary.note("go")
+    assert run.result.outcomes[0].status is OutcomeStatus.SUCCEEDED
+    assert len(diary.lines("started")) == 1
+
+
+async def test_the_page_about_ray_tells_the_truth(modules: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "howto" / "ray.md").read_text("utf-8")
+    agents, drive = re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    (modules / "my_agents.py").write_text(agents, "utf-8")
+    (tmp_path / "drive.py").write_text(drive, "utf-8")
+    with anyio.fail_after(SECONDS):
+        async with worker("parallel-agents", "--hosts", "2", engine="my_agents:review") as process:
+            done = await anyio.run_process([sys.executable, str(tmp_path / "drive.py")])
+            process.send_signal(signal.SIGTERM)
+            assert await ended(process) == 0
+    assert f"```text\n{done.stdout.decode()}```" in page
 
 
 @pytest.mark.parametrize(
