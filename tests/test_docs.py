@@ -32,8 +32,12 @@ RUN_AS = ["console", "python", *(f"{{{name}}}" for name in DIRECTIVES)]
 PAGES_WITH_PLANS = ["docs/howto/plans.md", "docs/howto/worktrees.md"]
 """Pages with blocks of TOML; each has its test below."""
 
-PAGES_WITH_TEXT = ["benchmarks/README.md", "docs/design.md", "docs/howto/testing.md"]
+PAGES_WITH_TEXT = ["benchmarks/README.md", "docs/design.md", "docs/howto/ray.md", "docs/howto/testing.md"]
 """Pages with blocks of plain text: figures, a drawing, and what a test says, which has its test below."""
+
+
+PAGES_FOR_A_CLUSTER = ["docs/howto/ray.md"]
+"""Pages whose programs are run where their cluster is."""
 
 
 def name_of(page: Path) -> str:
@@ -62,6 +66,7 @@ def test_no_block_of_a_page_escapes_the_tests(page: Path) -> None:
     allowed = {*RUN_AS, *(["output"] if "python" in written_in else [])}
     allowed |= {"toml"} if name_of(page) in PAGES_WITH_PLANS else set()
     allowed |= {"text"} if name_of(page) in PAGES_WITH_TEXT else set()
+    allowed |= {"py"} if name_of(page) in PAGES_FOR_A_CLUSTER else set()
     assert written_in - allowed == set()
 
 
