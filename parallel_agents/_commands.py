@@ -204,6 +204,79 @@ def run(
     return code
 
 
+@app.command
+def worker(
+    *,
+    engine: str,
+    task_queue: str,
+    address: str | None = None,
+    namespace: str | None = None,
+    max_concurrency: int = 100,
+    heartbeat: float = 5.0,
+    grace: float = 30.0,
+    health: str | None = None,
+    metrics: str | None = None,
+    log_level: Literal["debug", "info", "warning", "error"] | None = None,
+) -> int:
+    """Run agents for drivers elsewhere, whose engine is a `TemporalEngine`, until SIGTERM or Ctrl-C.
+
+    Then no more are taken, and those that run may finish; a second signal cancels them, and they run on another worker.
+
+    Exit codes:
+
+    - 0: stopped by a signal; all its agents had ended
+    - 1: the server is not to be had, or agents had to be cancelled to stop
+    - 2: the call is wrong; nothing was run
+
+    Args:
+        engine: What runs agents: an engine or an async function, as `module:attribute`, on asyncio.
+        task_queue: The name of the queue that it takes assignments from.
+        address: Temporal's, as `host:port`. Unless given, that and the rest, such as TLS and keys, is what Temporal's
+            own configuration says, in TEMPORAL_ADDRESS and its like, or else `localhost:7233`.
+        namespace: Temporal's.
+        max_concurrency: The most agents at the same time.
+        heartbeat: Seconds between two reports of an agent, at which it hears that it is cancelled.
+        grace: Seconds that agents may go on after a signal.
+        health: Answer HTTP requests at this `host:port`: 200, or 503 when it is stopping.
+        metrics: Give Temporal's metrics to Prometheus at this `host:port`.
+        log_level: Write the library's log to standard error, from this level on.
+    """
+    try:
+        from ._worker import CannotServeError, WorkerSettings, serve  # noqa: PLC0415 - needs an extra
+        from .engines._remote_worker import engine_named  # noqa: PLC0415 - as above
+    except ModuleNotFoundError as error:
+        raise _CannotGoOnError("temporalio is missing: pip install 'parallel-agents[temporal]'") from error
+    if log_level is not None:
+        _log_to_stderr(log_level)
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    try:
+        inner = engine_named(engine)
+        settings = WorkerSettings(
+            task_queue=task_queue,
+            address=address,
+            namespace=namespace,
+            max_concurrency=max_concurrency,
+            heartbeat_seconds=heartbeat,
+            grace_seconds=grace,
+            health=None if health is None else _host_and_port(health),
+            metrics=metrics,
+        )
+    except (ValueError, TypeError) as error:
+        raise _CannotGoOnError(str(error)) from error
+    try:
+        return anyio.run(serve, inner, settings)
+    except CannotServeError as error:
+        raise _CannotGoOnError(str(error), FAILED) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()):
+        raise ValueError(f"an address must be host:port, got {address!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
 def _choose_display(*, quiet: bool, json_events: bool) -> Display:
     """Return the display for standard error as it is."""
     if json_events:

@@ -1,0 +1,157 @@
+"""The process of a worker: serves until a signal, lets agents finish, and decides the exit code."""
+
+import json
+import os
+import sys
+
+import anyio
+import anyio.abc
+from attrs import field, frozen
+from temporalio.client import Client
+from temporalio.envconfig import ClientConfig
+from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
+from temporalio.service import RetryConfig, RPCError
+
+from ._checks import integer, number
+from ._shutdown import CooperativeTimeout, ShutdownManager
+from ._words import harmless
+from .engines._protocol import AgentEngine
+from .engines._temporal_worker import Agents
+
+CLEANUP_SECONDS = 10.0
+"""How long cancelled agents have to end."""
+
+REPORT_SECONDS = 600.0
+"""For so long a worker tries to tell a server that does not answer how an agent has ended: its work is dear."""
+
+HEALTH_REQUEST_SECONDS = 5.0
+"""How long somebody who asks for the health may take to ask."""
+
+SUCCEEDED, FAILED = 0, 1
+
+
+class CannotServeError(Exception):
+    """A worker that cannot begin, or cannot go on; the message says why."""
+
+
+@frozen(kw_only=True)
+class WorkerSettings:
+    """How a worker runs.
+
+    Attributes:
+        task_queue: Where assignments come from.
+        address: Of the server, as ``host:port``; what Temporal's configuration says unless given.
+        namespace: Of the server; the same.
+        max_concurrency: The most agents at the same time.
+        heartbeat_seconds: How often an agent tells what it has spent, and hears whether it is cancelled.
+        grace_seconds: How long agents may go on after a signal.
+        health: ``host`` and port at which HTTP requests are told how it is.
+        metrics: ``host:port`` at which Prometheus gets Temporal's metrics.
+    """
+
+    task_queue: str
+    address: str | None = None
+    namespace: str | None = None
+    max_concurrency: int = field(default=100, validator=integer(at_least=1))
+    heartbeat_seconds: float = field(default=5.0, validator=number(above=0))
+    grace_seconds: float = field(default=30.0, validator=number(at_least=0))
+    health: tuple[str, int] | None = None
+    metrics: str | None = None
+
+
+async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
+    """Run agents until SIGINT or SIGTERM; return the exit code. On asyncio.
+
+    Then no more are taken, and those that run may finish in the grace period; a second signal cancels them at once. One
+    that was cancelled runs again on another worker.
+
+    Raises:
+        CannotServeError: If the server is not to be had, or refuses.
+    """
+    try:
+        client = await _client(settings)
+    except (RPCError, RuntimeError, ValueError, OSError) as error:
+        raise CannotServeError(f"Temporal cannot be reached: {error}") from error
+    agents = Agents(engine, heartbeat_seconds=settings.heartbeat_seconds)
+    serving, news = agents.workers(
+        client,
+        settings.task_queue,
+        max_concurrency=settings.max_concurrency,
+        grace_seconds=settings.grace_seconds,
+    )
+    manager = ShutdownManager(CooperativeTimeout(grace_seconds=settings.grace_seconds))
+    drain = _Drain(agents)
+    manager.attach(drain)
+    try:
+        async with manager.handle_signals(), anyio.create_task_group() as tasks:
+            if settings.health is not None:
+                await tasks.start(_tell_health, settings.health, agents)
+            for worker in (serving, news):
+                tasks.start_soon(worker.run)
+            _say(f"Running agents of {settings.task_queue!r}; after SIGTERM or Ctrl-C those that run may finish")
+            await drain.is_asked.wait()
+            with anyio.move_on_after(settings.grace_seconds + CLEANUP_SECONDS) as in_time:
+                await serving.shutdown()
+            if in_time.cancelled_caught:
+                _say(f"{agents.running} agents did not stop: ending all the same; they run again on another worker")
+                os._exit(FAILED)  # the event loop would wait for them
+            await news.shutdown()
+            tasks.cancel_scope.cancel()
+    except* (RPCError, RuntimeError) as errors:
+        raise CannotServeError(f"Temporal's worker failed: {errors.exceptions[0]}") from errors
+    return FAILED if agents.interrupted else SUCCEEDED
+
+
+async def _client(settings: WorkerSettings) -> Client:
+    """Connect as Temporal's own configuration says, in its file and the environment, and the settings above it."""
+    config = ClientConfig.load_client_connect_config()
+    if settings.address is not None:
+        config["target_host"] = settings.address
+    if settings.namespace is not None:
+        config["namespace"] = settings.namespace
+    config.setdefault("target_host", "localhost:7233")
+    runtime = None
+    if settings.metrics is not None:
+        runtime = Runtime(telemetry=TelemetryConfig(metrics=PrometheusConfig(bind_address=settings.metrics)))
+    patience = RetryConfig(max_elapsed_time_millis=int(REPORT_SECONDS * 1000), max_retries=1000)
+    return await Client.connect(**config, runtime=runtime, retry_config=patience)
+
+
+class _Drain:
+    """What the shutdown manager stops."""
+
+    def __init__(self, agents: Agents) -> None:
+        self.is_asked = anyio.Event()
+        self._agents = agents
+
+    def begin_shutdown(self, grace_seconds: float) -> None:
+        """Let agents finish; without a grace period, cancel them."""
+        self._agents.stop()
+        if not grace_seconds:
+            self._agents.interrupt()
+        self.is_asked.set()
+
+
+async def _tell_health(
+    address: tuple[str, int], agents: Agents, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    """Answer every HTTP request: 200 while agents are taken, 503 when no more are; with how many run."""
+    host, port = address
+
+    async def answer(stream: anyio.abc.SocketStream) -> None:
+        with anyio.move_on_after(HEALTH_REQUEST_SECONDS):
+            async with stream:
+                await stream.receive()
+                state, status = ("stopping", "503 Service Unavailable") if agents.is_stopping else ("running", "200 OK")
+                body = json.dumps({"status": state, "agents": agents.running})
+                head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                await stream.send(f"{head}Connection: close\r\n\r\n{body}".encode())
+
+    async with await anyio.create_tcp_listener(local_host=host, local_port=port) as listener:
+        task_status.started()
+        await listener.serve(answer)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"parallel-agents: {harmless(text)}\n")
+    sys.stderr.flush()

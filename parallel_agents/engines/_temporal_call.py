@@ -1,0 +1,225 @@
+"""One agent's workflow as its driver sees it: started or found, watched, cancelled, and what came of it."""
+
+import asyncio  # noqa: TID251 - Temporal's client runs on nothing else
+import builtins
+from contextlib import suppress
+from typing import Any
+
+from attrs import evolve, field, frozen
+from attrs.validators import optional
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
+from temporalio.common import RawValue, WorkflowIDReusePolicy
+from temporalio.exceptions import (
+    ActivityError,
+    ApplicationError,
+    CancelledError,
+    TimeoutError,  # noqa: A004 - Temporal's own
+    WorkflowAlreadyStartedError,
+)
+from temporalio.service import RPCError, RPCStatusCode
+
+from .._checks import integer, is_a, not_blank, number
+from .._context import RunContext
+from .._errors import ParallelAgentsError
+from .._outcomes import AgentRunResult
+from ..events import PARALLEL_AGENT_RESUMED
+from ..serialization import InvalidDataError
+from ._metering import Meter, difference, larger
+from ._remote import Account, EndingKind, Order, VersionMismatchError, WorkerLostError, pack, unpack
+from ._temporal import UNSUCCESSFUL, AgentWorkflow, News, Starts, own_queue, raw, starts_in, text_of
+from .journal import fingerprint
+
+WORK = "parallel_agents.work"
+"""The key of the workflow's memo that tells its work from another's."""
+
+AGAIN_SECONDS = 1.0
+"""How long a driver waits before it asks a server again that did not answer."""
+
+FOR_GOOD = frozenset(
+    {
+        RPCStatusCode.INVALID_ARGUMENT,
+        RPCStatusCode.NOT_FOUND,
+        RPCStatusCode.PERMISSION_DENIED,
+        RPCStatusCode.UNAUTHENTICATED,
+        RPCStatusCode.UNIMPLEMENTED,
+    }
+)
+"""Answers of a server that stay the same when it is asked again."""
+
+
+class AnotherAgentRunsError(ParallelAgentsError):
+    """An agent with other work runs under the same execution and task.
+
+    Attributes:
+        workflow_id: Of the other.
+    """
+
+    def __init__(self, workflow_id: str) -> None:
+        super().__init__(workflow_id)
+        self.workflow_id = workflow_id
+
+    def __str__(self) -> str:
+        return (
+            f"The workflow {self.workflow_id!r} runs already, with other work: "
+            "cancel it, wait for its end, or give another execution"
+        )
+
+
+@frozen(kw_only=True)
+class Settings:
+    """How agents run on Temporal; ``TemporalEngine`` says what each means."""
+
+    client: Client = field(validator=is_a(Client))
+    task_queue: str = field(validator=not_blank)
+    execution: str | None = field(validator=optional(not_blank))
+    heartbeat_timeout_seconds: float = field(validator=number(above=0))
+    progress_seconds: float = field(validator=number(above=0))
+    cancel_seconds: float = field(validator=number(above=0))
+    max_starts: int = field(validator=integer(at_least=1))
+
+
+class Call:
+    """An engine call; each has its own.
+
+    Args:
+        settings: How it runs.
+        run: Of the call; its methods may be called from asyncio's thread.
+
+    Attributes:
+        is_over: Whether it is known that the agent runs no more.
+    """
+
+    def __init__(self, settings: Settings, run: RunContext) -> None:
+        self.is_over = False
+        self._settings = settings
+        self._run = run
+        self._account = Account(run)
+        self._start = ""
+        self._told: set[tuple[str, News]] = set()
+        self._id = workflow_id(settings.execution or run.group_id, run.assignment.task_id)
+
+    async def perform(self) -> AgentRunResult[Any]:
+        """Run the agent, or wait for the one that runs already; cancelling cancels it, and waits for a limited time."""
+        order = raw(pack(Order.of(self._run, self._id)), f"The assignment of task {self._run.assignment.task_id!r}")
+        starting = asyncio.create_task(self._started_or_found(order))
+        ending = asyncio.create_task(self._end_of(starting))
+        try:
+            await asyncio.wait([ending])
+        except asyncio.CancelledError:
+            with suppress(builtins.TimeoutError):
+                async with asyncio.timeout(self._settings.cancel_seconds):
+                    await self._cancel(starting)
+                    await asyncio.wait([ending])
+            if not ending.done():
+                raise
+        finally:
+            self.is_over = ending.done()
+            ending.cancel()
+        return ending.result()
+
+    async def _cancel(self, starting: "asyncio.Task[WorkflowHandle[Any, Any]]") -> None:
+        await asyncio.wait([starting])
+        if starting.exception() is None:
+            with suppress(RPCError):  # it has ended already, or nobody confirms it
+                await starting.result().cancel()
+
+    async def _started_or_found(self, order: RawValue) -> WorkflowHandle[Any, Any]:
+        """Start the agent, unless one with the same work runs or has succeeded."""
+        work = fingerprint(self._run.assignment, self._run.upstream, "")
+        try:
+            return await self._started(order, work, WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY)
+        except WorkflowAlreadyStartedError as error:
+            handle = self._settings.client.get_workflow_handle(self._id, run_id=error.run_id, result_type=RawValue)
+        known = await handle.describe()
+        is_running = known.status is WorkflowExecutionStatus.RUNNING
+        if (await known.memo()).get(WORK) == work:
+            self._run.emit(PARALLEL_AGENT_RESUMED, reason="running" if is_running else "recorded")
+            return handle
+        if is_running:
+            raise AnotherAgentRunsError(self._id)
+        self._run.emit(PARALLEL_AGENT_RESUMED, reason="changed")
+        return await self._started(order, work, WorkflowIDReusePolicy.ALLOW_DUPLICATE)
+
+    async def _started(
+        self, order: RawValue, work: str, id_reuse_policy: WorkflowIDReusePolicy
+    ) -> WorkflowHandle[Any, Any]:
+        return await self._settings.client.start_workflow(
+            AgentWorkflow.run,
+            args=[order, self._settings.heartbeat_timeout_seconds, self._settings.max_starts],
+            id=self._id,
+            task_queue=self._settings.task_queue,
+            id_reuse_policy=id_reuse_policy,
+            memo={WORK: work},
+        )
+
+    async def _end_of(self, starting: "asyncio.Task[WorkflowHandle[Any, Any]]") -> AgentRunResult[Any]:
+        """Wait for the agent's end, and return its result."""
+        handle = await asyncio.shield(starting)
+        watching = asyncio.create_task(self._watch(handle))
+        meter = Meter(self._run)
+        try:
+            starts, error = await _result_of(handle)
+        finally:
+            watching.cancel()
+        self._take(starts)
+        last = starts.reports[-1] if starts.reports else None
+        if error is not None or last is None or last.ending is None:
+            raise WorkerLostError(f"workflow {self._id!r}: {error}")
+        if last.ending.kind is EndingKind.CANCELLED:
+            raise asyncio.CancelledError
+        result = last.ending.value()
+        if len(starts.reports) == 1:
+            return result
+        self._run.record_usage(difference(larger(result.usage, last.usage), last.usage))
+        return evolve(result, usage=meter.metered())
+
+    async def _watch(self, handle: WorkflowHandle[Any, Any]) -> None:
+        """Bring what the agent tells to its run, and news to its worker."""
+        while True:
+            await asyncio.sleep(self._settings.progress_seconds)
+            with suppress(RPCError, InvalidDataError, VersionMismatchError):  # the last report has it all, or says why
+                for pending in (await handle.describe()).raw_description.pending_activities:
+                    heartbeat = pending.heartbeat_details.payloads
+                    if heartbeat:
+                        (told,) = await self._settings.client.data_converter.decode(heartbeat, [RawValue])
+                        self._take(unpack(Starts, text_of(told), "worker"))
+                        await self._tell(handle, pending.last_worker_identity)
+
+    def _take(self, starts: Starts) -> None:
+        """Take note of the last start, and of those before it that are not known yet."""
+        known = next((n for n, report in enumerate(starts.reports) if report.start == self._start), 0)
+        for report in starts.reports[known:]:
+            self._account.take(report)
+            self._start = report.start
+
+    async def _tell(self, handle: WorkflowHandle[Any, Any], worker: str) -> None:
+        news = {News.SHUTDOWN: self._run.shutdown_requested, News.BUDGET_SPENT: self._run.budget_exhausted}
+        for kind in (kind for kind, is_true in news.items() if is_true and (worker, kind) not in self._told):
+            await handle.signal(AgentWorkflow.tell, args=[own_queue(self._settings.task_queue, worker), kind])
+            self._told.add((worker, kind))
+
+
+def workflow_id(execution: str, task_id: str) -> str:
+    """Return the same id for the same task of an execution, and another for every other one."""
+    name = f"{execution.replace('%', '%25').replace('/', '%2F')}/{task_id}"
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+async def _result_of(handle: WorkflowHandle[Any, Any]) -> tuple[Starts, BaseException | None]:
+    """Wait for the end of a workflow; return what is known of its agent, and the error if it did not end by itself."""
+    while True:
+        try:
+            return unpack(Starts, text_of(await handle.result()), "worker"), None
+        except RPCError as error:
+            if error.status in FOR_GOOD:
+                raise
+            await asyncio.sleep(AGAIN_SECONDS)
+        except WorkflowFailureError as error:
+            cause = error.cause.cause if isinstance(error.cause, ActivityError) else error.cause
+            if isinstance(cause, CancelledError):
+                raise asyncio.CancelledError from error
+            if isinstance(cause, TimeoutError):
+                return starts_in(cause.last_heartbeat_details), cause
+            if isinstance(cause, ApplicationError):
+                return starts_in(cause.details), None if cause.type == UNSUCCESSFUL else cause
+            return Starts(), cause
