@@ -90,6 +90,7 @@ async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
                 tasks.start_soon(worker.run)
             _say(f"Running agents of {settings.task_queue!r}; after SIGTERM or Ctrl-C those that run may finish")
             await drain.is_asked.wait()
+            _say(f"Stopping: {agents.running} agents may finish within {settings.grace_seconds:g} s")
             with anyio.move_on_after(settings.grace_seconds + CLEANUP_SECONDS) as in_time:
                 await serving.shutdown()
             if in_time.cancelled_caught:

@@ -14,7 +14,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 
 PRAGMAS = ["--sqlite-pragma", "synchronous=OFF"]
-"""A step of a workflow takes several commits, each of which waits for the disk, 150 ms in all. Killed is no power cut."""
+"""A step of a workflow takes several commits, each of which waits for the disk, 150 ms in all."""
 SECONDS_TO_START = 60.0
 SECONDS_TO_END = 60.0
 
@@ -42,7 +42,16 @@ class TemporalServer:
         """Start it, and wait until it answers."""
         program = Path(sysconfig.get_path("scripts"), "temporal")
         host, _, port = self.address.partition(":")
-        options = ["--ip", host, "--port", port, "--headless", "--db-filename", str(self._folder / "temporal.db"), *PRAGMAS]
+        options = [
+            "--ip",
+            host,
+            "--port",
+            port,
+            "--headless",
+            "--db-filename",
+            str(self._folder / "temporal.db"),
+            *PRAGMAS,
+        ]
         with (self._folder / "temporal.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [program, "server", "start-dev", *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -58,7 +67,7 @@ class TemporalServer:
     def worker(self, engine: str, task_queue: str, *options: str, heartbeat: float = 0.2) -> "TemporalWorker":
         """Return a worker of this server, to be started."""
         options = ("--engine", engine, "--address", self.address, "--heartbeat", str(heartbeat), *options)
-        return TemporalWorker(task_queue, self._folder / "worker.log", *options)
+        return TemporalWorker(task_queue, self._folder / f"{task_queue}.log", *options)
 
     async def _until_it_answers(self) -> None:
         assert self._process is not None
@@ -114,6 +123,13 @@ class TemporalWorker:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def wait_until_it_says(self, text: str) -> None:
+        """Wait until it has written something."""
+        give_up = time.monotonic() + SECONDS_TO_START
+        while text not in self._log.read_text("utf-8"):
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
 
     def terminate(self) -> None:
         """Ask it to end, as a supervisor does."""

@@ -18,7 +18,7 @@ from temporalio.exceptions import (
 )
 from temporalio.service import RPCError, RPCStatusCode
 
-from .._checks import integer, is_a, not_blank, number
+from .._checks import integer, is_a, is_text, not_blank, number
 from .._context import RunContext
 from .._errors import ParallelAgentsError
 from .._outcomes import AgentRunResult
@@ -75,7 +75,8 @@ class Settings:
     heartbeat_timeout_seconds: float = field(validator=number(above=0))
     progress_seconds: float = field(validator=number(above=0))
     cancel_seconds: float = field(validator=number(above=0))
-    max_starts: int = field(validator=integer(at_least=1))
+    starts: int = field(validator=integer(at_least=1))
+    version: str = field(validator=is_text)
 
 
 class Call:
@@ -101,31 +102,34 @@ class Call:
     async def perform(self) -> AgentRunResult[Any]:
         """Run the agent, or wait for the one that runs already; cancelling cancels it, and waits for a limited time."""
         order = raw(pack(Order.of(self._run, self._id)), f"The assignment of task {self._run.assignment.task_id!r}")
+        self._account.wait(is_waiting=True)  # for a worker that takes it
         starting = asyncio.create_task(self._started_or_found(order))
         ending = asyncio.create_task(self._end_of(starting))
         try:
             await asyncio.wait([ending])
-        except asyncio.CancelledError:
-            with suppress(builtins.TimeoutError):
-                async with asyncio.timeout(self._settings.cancel_seconds):
-                    await self._cancel(starting)
-                    await asyncio.wait([ending])
+        except asyncio.CancelledError:  # noqa: ASYNC103 - what the agent returns all the same is its result
+            await self._cancel(starting, ending)  # noqa: ASYNC102 - asyncio cancels once, and it is bounded
             if not ending.done():
                 raise
         finally:
             self.is_over = ending.done()
             ending.cancel()
+            self._account.wait(is_waiting=False)
         return ending.result()
 
-    async def _cancel(self, starting: "asyncio.Task[WorkflowHandle[Any, Any]]") -> None:
-        await asyncio.wait([starting])
-        if starting.exception() is None:
-            with suppress(RPCError):  # it has ended already, or nobody confirms it
-                await starting.result().cancel()
+    async def _cancel(self, starting: "asyncio.Task[WorkflowHandle[Any, Any]]", ending: "asyncio.Task[Any]") -> None:
+        """Cancel the agent first; then wait until it has ended, or its time is over."""
+        with suppress(builtins.TimeoutError):
+            async with asyncio.timeout(self._settings.cancel_seconds):
+                await asyncio.wait([starting])
+                if starting.exception() is None:
+                    with suppress(RPCError):  # it has ended already, or nobody confirms it
+                        await starting.result().cancel()
+                await asyncio.wait([ending])
 
     async def _started_or_found(self, order: RawValue) -> WorkflowHandle[Any, Any]:
         """Start the agent, unless one with the same work runs or has succeeded."""
-        work = fingerprint(self._run.assignment, self._run.upstream, "")
+        work = fingerprint(self._run.assignment, self._run.upstream, self._settings.version)
         try:
             return await self._started(order, work, WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY)
         except WorkflowAlreadyStartedError as error:
@@ -145,7 +149,7 @@ class Call:
     ) -> WorkflowHandle[Any, Any]:
         return await self._settings.client.start_workflow(
             AgentWorkflow.run,
-            args=[order, self._settings.heartbeat_timeout_seconds, self._settings.max_starts],
+            args=[order, self._settings.heartbeat_timeout_seconds, self._settings.starts],
             id=self._id,
             task_queue=self._settings.task_queue,
             id_reuse_policy=id_reuse_policy,

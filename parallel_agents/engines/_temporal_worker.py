@@ -133,7 +133,7 @@ class Agents:
         report, payload = _fitting(earlier, run)
         assert report.ending is not None
         if report.ending.kind is EndingKind.CANCELLED and run.scope.cancel_called and not _is_cancel_requested():
-            self.interrupted += 1
+            self.interrupted += self.is_stopping
             raise ApplicationError("the worker was stopped before the agent had ended", payload, type=STOPPED)
         if report.ending.kind is not EndingKind.RETURNED or report.ending.value().is_failure:
             raise _unsuccessful(report, payload)

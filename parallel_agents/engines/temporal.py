@@ -45,7 +45,8 @@ class TemporalEngine:
     Messages are JSON. What is larger than 1.5 MB is refused before anything is sent; so is an agent's result on its
     worker, and the agent has failed.
 
-    On trio, Temporal's client runs in a thread beside it, as with ``AsyncioEngine``.
+    The time until a worker takes an agent does not count towards its timeout. On trio, Temporal's client runs in a
+    thread beside it, as with ``AsyncioEngine``.
 
     Args:
         client: Good in every event loop, such as ``asyncio.run(Client.connect("127.0.0.1:7233"))``.
@@ -56,7 +57,8 @@ class TemporalEngine:
         progress_seconds: How often the driver asks what an agent has spent and told; agents hear of a shutdown and of
             a spent budget as late.
         cancel_seconds: How long a cancelled agent is waited for. Longer than the heartbeats of its worker are apart.
-        max_starts: How many workers may be lost with an agent before it has failed.
+        starts: How often an agent is started at most, when its worker is lost.
+        version: Stands for whatever else decides what agents do, such as the code or a prompt.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class TemporalEngine:
         heartbeat_timeout_seconds: float = 30.0,
         progress_seconds: float = 5.0,
         cancel_seconds: float = 30.0,
-        max_starts: int = 5,
+        starts: int = 5,
+        version: str = "",
     ) -> None:
         self._settings = Settings(
             client=client,
@@ -77,7 +80,8 @@ class TemporalEngine:
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             progress_seconds=progress_seconds,
             cancel_seconds=cancel_seconds,
-            max_starts=max_starts,
+            starts=starts,
+            version=version,
         )
 
     def __repr__(self) -> str:
