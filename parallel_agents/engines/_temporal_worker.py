@@ -6,7 +6,7 @@ import secrets
 import socket
 from datetime import timedelta
 
-from attrs import evolve
+from attrs import evolve, frozen
 from temporalio import activity
 from temporalio.client import Client
 from temporalio.common import RawValue
@@ -43,6 +43,21 @@ STICKY_SECONDS = 1.0
 waits unless told otherwise come on top of a worker's death."""
 
 
+@frozen
+class Workers:
+    """Temporal's workers of a process.
+
+    Attributes:
+        agents: Runs agents. Shut down first.
+        workflows: Takes note of their ends, also of those of agents that end when no more are taken.
+        news: Hears what drivers have to tell agents that run.
+    """
+
+    agents: Worker
+    workflows: Worker
+    news: Worker
+
+
 class Agents:
     """Runs agents as activities of Temporal.
 
@@ -52,11 +67,13 @@ class Agents:
 
     Attributes:
         is_stopping: Whether the worker is shutting down.
+        ended_late: The workflows of agents that have ended since.
         interrupted: How many agents were cancelled because of that.
     """
 
     def __init__(self, engine: AgentEngine, *, heartbeat_seconds: float) -> None:
         self.is_stopping = False
+        self.ended_late: list[str] = []
         self.interrupted = 0
         self._engine = engine
         self._heartbeat_seconds = heartbeat_seconds
@@ -78,29 +95,34 @@ class Agents:
         for run in self._runs:
             run.scope.cancel()
 
-    def workers(self, client: Client, task_queue: str, *, max_concurrency: int, grace_seconds: float) -> list[Worker]:
-        """Return what runs agents, and what hears of news for them; to be made in a running event loop.
+    def workers(self, client: Client, task_queue: str, *, max_concurrency: int, grace_seconds: float) -> "Workers":
+        """Return Temporal's workers for these agents; to be made in a running event loop.
 
         Args:
             client: Connected.
             task_queue: Where assignments come from.
             max_concurrency: The most agents at the same time.
-            grace_seconds: How long agents may go on when the first of the workers is shut down.
+            grace_seconds: How long agents may go on when their worker is shut down.
         """
         identity = f"{os.getpid()}@{socket.gethostname()}-{secrets.token_hex(4)}"
         agents = Worker(
             client,
             task_queue=task_queue,
             identity=identity,
-            workflows=[AgentWorkflow],
             activities=[self.run_agent],
             max_concurrent_activities=max_concurrency,
             graceful_shutdown_timeout=timedelta(seconds=grace_seconds),
-            sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_SECONDS),
             max_heartbeat_throttle_interval=timedelta(seconds=self._heartbeat_seconds / 2),
         )
+        workflows = Worker(
+            client,
+            task_queue=task_queue,
+            identity=identity,
+            workflows=[AgentWorkflow],
+            sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_SECONDS),
+        )
         news = Worker(client, task_queue=own_queue(task_queue, identity), identity=identity, activities=[self.tell])
-        return [agents, news]
+        return Workers(agents, workflows, news)
 
     @activity.defn(name=TELL_WORKER)
     async def tell(self, workflow_id: str, news: str) -> None:
@@ -134,7 +156,14 @@ class Agents:
         assert report.ending is not None
         if report.ending.kind is EndingKind.CANCELLED and run.scope.cancel_called and not _is_cancel_requested():
             self.interrupted += self.is_stopping
-            raise ApplicationError("the worker was stopped before the agent had ended", payload, type=STOPPED)
+            raise ApplicationError(
+                "the worker was stopped before the agent had ended",
+                payload,
+                type=STOPPED,
+                category=ApplicationErrorCategory.BENIGN,
+            )
+        if self.is_stopping:
+            self.ended_late.append(run.id)
         if report.ending.kind is not EndingKind.RETURNED or report.ending.value().is_failure:
             raise _unsuccessful(report, payload)
         return payload
