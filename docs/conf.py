@@ -35,7 +35,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' names, and the interpreter's: a build needs no network, so nothing of theirs is looked up.
     (r"py:.*", r"(anyio|attr|attrs|cattrs|collections|contextlib|enum|loguru|os|pathlib|signal|types|typing)\..*"),
-    (r"py:.*", r"(agents|httpx2|langgraph|mcp|opentelemetry|pydantic_ai)\..*"),
+    (r"py:.*", r"(agents|httpx2|langgraph|mcp|opentelemetry|pydantic_ai|temporalio)\..*"),
     (r"py:class", r"(bool|bytes|dict|float|int|list|object|str|tuple|type|optional|function)"),
     (r"py:exc", r"[A-Z]\w+(Error|Exit|Interrupt|Group|Exception)"),
 ]

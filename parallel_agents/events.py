@@ -33,8 +33,9 @@ PARALLEL_AGENT_RETRY: Final = "execution.parallel.agent_retry"
 """Warning, before the wait: ``group_id``, ``agent_id``, ``task_id``, ``attempt`` (the failed one), ``wait_seconds``,
 ``error``."""
 PARALLEL_AGENT_RESUMED: Final = "execution.parallel.agent_resumed"
-"""Info, when a journal knows the agent: ``group_id``, ``agent_id``, ``task_id``, ``reason`` (``recorded``: its result
-is taken from there; ``changed``, ``interrupted`` or ``failed``: why it runs again)."""
+"""Info, when a journal or a cluster knows the agent: ``group_id``, ``agent_id``, ``task_id``, ``reason`` (``recorded``:
+its result is taken from there; ``running``: it is waited for; ``changed``, ``interrupted`` or ``failed``: why it runs
+again)."""
 PARALLEL_LOCK_ACQUIRED: Final = "execution.parallel.lock_acquired"
 """Debug: ``resource``, ``holder``."""
 PARALLEL_LOCK_RELEASED: Final = "execution.parallel.lock_released"

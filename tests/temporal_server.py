@@ -24,10 +24,12 @@ class TemporalServer:
 
     Args:
         folder: Where its file and its log are.
+        is_synced: Whether what it knows outlives a power cut too, not only its own end.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.address = f"127.0.0.1:{_free_port()}"
+    def __init__(self, folder: Path, *, is_synced: bool = False) -> None:
+        self._pragmas = [] if is_synced else PRAGMAS
+        self.address = f"127.0.0.1:{free_port()}"
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -50,7 +52,7 @@ class TemporalServer:
             "--headless",
             "--db-filename",
             str(self._folder / "temporal.db"),
-            *PRAGMAS,
+            *self._pragmas,
         ]
         with (self._folder / "temporal.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -100,17 +102,20 @@ class TemporalWorker:
         self._command = [sys.executable, "-m", "parallel_agents", "worker", "--task-queue", task_queue, *options]
 
     def __enter__(self) -> Self:
-        self.start()
+        if self._process is None:
+            self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def start(self) -> None:
+    def start(self, cwd: Path | None = None) -> None:
         """Start it; what it is to run waits for it meanwhile."""
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                self._command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
 
     @property
     def pid(self) -> int:
@@ -147,7 +152,8 @@ def connect(address: str) -> Client:
     return asyncio.run(Client.connect(address))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

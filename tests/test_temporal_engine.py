@@ -1,9 +1,13 @@
 """TemporalEngine with a real server and real workers, each a process of its own, on both backends."""
 
 import asyncio
+import json
 import os
+import re
 import secrets
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from temporal_server import TemporalServer, TemporalWorker, connect
+from temporal_server import TemporalServer, TemporalWorker, connect, free_port
 from temporalio.client import Client, WorkflowFailureError
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -31,13 +35,12 @@ from parallel_agents import (
     Usage,
 )
 from parallel_agents.engines._remote import unconfirmed
+from parallel_agents.engines._temporal_call import workflow_id
 from parallel_agents.engines.temporal import PayloadTooLargeError, TemporalEngine
 from parallel_agents.events import PARALLEL_AGENT_RESUMED
 from parallel_agents.testing import RemoteEngineContract
 from parallel_agents.testing.remote import SECONDS, MakeEngine, Watched
 from parallel_agents.testing.remote_agents import Diary, assignment
-
-pytestmark = pytest.mark.anyio
 
 AGENT = "parallel_agents.testing.remote_agents:agent"
 AGENTS = "temporal_agents:agent"
@@ -166,6 +169,7 @@ async def outcomes_of(
         return (await executor.execute_group(group(work, **options))).outcomes
 
 
+@pytest.mark.anyio
 async def test_a_result_is_kept_and_a_failure_runs_again(client: Client, worker: TemporalWorker, diary: Diary) -> None:
     work = [assignment("return", diary, 1, output="kept"), assignment("fail", diary, 2)]
     engine, told = engine_for(client, worker), Told()
@@ -177,6 +181,7 @@ async def test_a_result_is_kept_and_a_failure_runs_again(client: Client, worker:
     assert [len(diary.lines("started", task)) for task in ("t1", "t2")] == [1, 2]
 
 
+@pytest.mark.anyio
 async def test_a_result_that_is_a_failure_comes_back_whole_and_runs_again(
     client: Client, temporal_agents: TemporalWorker
 ) -> None:
@@ -190,6 +195,7 @@ async def test_a_result_that_is_a_failure_comes_back_whole_and_runs_again(
     assert told.reasons == []
 
 
+@pytest.mark.anyio
 async def test_other_work_of_the_same_name_runs_anew(client: Client, worker: TemporalWorker, diary: Diary) -> None:
     engine, told = engine_for(client, worker), Told()
     outputs = []
@@ -200,6 +206,7 @@ async def test_other_work_of_the_same_name_runs_anew(client: Client, worker: Tem
     assert told.reasons == ["changed"]
 
 
+@pytest.mark.anyio
 async def test_other_work_does_not_run_beside_the_old_one(client: Client, worker: TemporalWorker, diary: Diary) -> None:
     engine = engine_for(client, worker)
     with anyio.fail_after(SECONDS):
@@ -213,6 +220,7 @@ async def test_other_work_does_not_run_beside_the_old_one(client: Client, worker
     assert run.result.all_succeeded
 
 
+@pytest.mark.anyio
 async def test_too_large_an_assignment_is_refused_before_anything_runs(
     client: Client, worker: TemporalWorker, diary: Diary
 ) -> None:
@@ -224,6 +232,7 @@ async def test_too_large_an_assignment_is_refused_before_anything_runs(
     assert diary.lines() == []
 
 
+@pytest.mark.anyio
 async def test_too_much_together_with_what_it_depends_on_is_refused_before_it_is_sent(
     client: Client, worker: TemporalWorker, diary: Diary
 ) -> None:
@@ -238,12 +247,14 @@ async def test_too_much_together_with_what_it_depends_on_is_refused_before_it_is
     assert len(diary.lines("started")) == 1
 
 
+@pytest.mark.anyio
 async def test_what_is_just_small_enough_goes_both_ways(client: Client, worker: TemporalWorker, diary: Diary) -> None:
     output = "x" * 1_498_000
     (outcome,) = await outcomes_of(engine_for(client, worker), [assignment("return", diary, output=output)])
     assert outcome.output == output
 
 
+@pytest.mark.anyio
 async def test_too_large_a_result_is_a_failure_that_says_so(client: Client, temporal_agents: TemporalWorker) -> None:
     (outcome,) = await outcomes_of(engine_for(client, temporal_agents), work_of({"characters": 1_600_000}))
     assert outcome.status is OutcomeStatus.FAILED
@@ -251,6 +262,7 @@ async def test_too_large_a_result_is_a_failure_that_says_so(client: Client, temp
     assert "PayloadTooLargeError: What the agent returned is 1.60 MB" in outcome.error
 
 
+@pytest.mark.anyio
 async def test_events_are_left_out_where_the_result_would_not_fit(
     client: Client, temporal_agents: TemporalWorker
 ) -> None:
@@ -259,6 +271,7 @@ async def test_events_are_left_out_where_the_result_would_not_fit(
     assert outcome.output == "x" * 1_000_000
 
 
+@pytest.mark.anyio
 async def test_an_agent_that_kills_its_workers_is_given_up(server: TemporalServer, client: Client) -> None:
     with server.worker(AGENTS, f"agents-{secrets.token_hex(4)}") as worker:
 
@@ -277,6 +290,7 @@ async def test_an_agent_that_kills_its_workers_is_given_up(server: TemporalServe
     assert outcome.usage == Usage(requests=2)
 
 
+@pytest.mark.anyio
 async def test_a_spent_budget_is_told_to_agents_that_run(client: Client, temporal_agents: TemporalWorker) -> None:
     work = work_of({"budget": 0.5}, {"budget": 0.75})
     outcomes = await outcomes_of(engine_for(client, temporal_agents), work, budget=Budget(max_cost=1.0))
@@ -289,6 +303,7 @@ def own_server(tmp_path: Path) -> Iterator[TemporalServer]:
         yield server
 
 
+@pytest.mark.anyio
 async def test_an_agent_outlives_a_server_that_is_killed(own_server: TemporalServer, diary: Diary) -> None:
     with own_server.worker(AGENT, "agents") as worker:
         client = await anyio.to_thread.run_sync(connect, own_server.address)
@@ -306,6 +321,7 @@ async def test_an_agent_outlives_a_server_that_is_killed(own_server: TemporalSer
         assert len(diary.lines("started")) == 1
 
 
+@pytest.mark.anyio
 async def test_one_whose_workflow_was_ended_by_somebody_has_failed(
     client: Client, worker: TemporalWorker, diary: Diary
 ) -> None:
@@ -321,6 +337,7 @@ async def test_one_whose_workflow_was_ended_by_somebody_has_failed(
     assert outcome.error == f"WorkerLostError: workflow '{execution}/t1': enough of it"
 
 
+@pytest.mark.anyio
 async def test_one_that_waits_for_a_place_is_cancelled_and_never_starts(
     server: TemporalServer, client: Client, diary: Diary
 ) -> None:
@@ -339,6 +356,7 @@ async def test_one_that_waits_for_a_place_is_cancelled_and_never_starts(
     assert len(diary.lines("started")) == 1
 
 
+@pytest.mark.anyio
 async def test_one_that_no_worker_hears_of_is_cancelled_when_one_comes(
     server: TemporalServer, client: Client, diary: Diary
 ) -> None:
@@ -355,6 +373,7 @@ async def test_one_that_no_worker_hears_of_is_cancelled_when_one_comes(
     assert diary.lines() == []
 
 
+@pytest.mark.anyio
 async def test_a_stopped_worker_lets_its_agents_finish(server: TemporalServer, client: Client, diary: Diary) -> None:
     with server.worker(AGENT, f"agents-{secrets.token_hex(4)}") as worker, anyio.fail_after(SECONDS):
         engine = engine_for(client, worker)
@@ -367,6 +386,7 @@ async def test_a_stopped_worker_lets_its_agents_finish(server: TemporalServer, c
     assert run.result.all_succeeded
 
 
+@pytest.mark.anyio
 async def test_what_a_stopped_worker_has_to_cancel_runs_again(
     server: TemporalServer, client: Client, diary: Diary
 ) -> None:
@@ -383,3 +403,126 @@ async def test_what_a_stopped_worker_has_to_cancel_runs_again(
     assert outcome.output == "the second time"
     assert outcome.usage == Usage(requests=2)
     assert len(diary.lines("cancelled")) == 1
+
+
+@pytest.mark.anyio
+async def test_the_second_signal_cancels_what_runs_at_once(
+    server: TemporalServer, client: Client, diary: Diary
+) -> None:
+    with server.worker(AGENT, f"agents-{secrets.token_hex(4)}") as worker, anyio.fail_after(SECONDS):
+        work = group([assignment("wait the first time", diary)])
+        async with ParallelExecutor(engine=engine_for(client, worker)).open_group(work) as run:
+            await diary.wait_for("started")
+            worker.terminate()
+            await anyio.to_thread.run_sync(worker.wait_until_it_says, "Stopping")
+            worker.terminate()
+            assert await anyio.to_thread.run_sync(worker.wait) == 1
+            worker.start()
+    assert run.result.outcomes[0].output == "the second time"
+
+
+@pytest.mark.anyio
+async def test_one_that_does_not_stop_does_not_keep_its_worker(
+    server: TemporalServer, client: Client, diary: Diary
+) -> None:
+    worker = server.worker(AGENT, f"agents-{secrets.token_hex(4)}", "--grace", "0")
+    engine = engine_for(client, worker, cancel_seconds=0.3)
+    with worker, anyio.fail_after(SECONDS):
+        work = group([assignment("go on when cancelled", diary)])
+        async with ParallelExecutor(engine=engine).open_group(work) as run:
+            await diary.wait_for("started")
+            worker.terminate()
+            assert await anyio.to_thread.run_sync(worker.wait) == 1
+            run.cancel()
+    assert diary.lines("ended") == []
+
+
+@pytest.mark.anyio
+async def test_a_worker_tells_how_it_is(server: TemporalServer, client: Client, diary: Diary) -> None:
+    port = free_port()
+    queue = f"agents-{secrets.token_hex(4)}"
+    with server.worker(AGENT, queue, "--health", f"127.0.0.1:{port}") as worker, anyio.fail_after(SECONDS):
+        async with ParallelExecutor(engine=engine_for(client, worker)).open_group(
+            group([assignment("wait until told", diary)])
+        ) as run:
+            await diary.wait_for("started")
+            status, body = await asked(port, "/health")
+            assert (status, json.loads(body)["running"]) == (200, 1)
+            worker.terminate()
+            await anyio.to_thread.run_sync(worker.wait_until_it_says, "Stopping")
+            assert (await asked(port, "/health"))[0] == 503
+            assert "parallel_agents_worker_running 1\n" in (await asked(port, "/metrics"))[1]
+            diary.note("go")
+        assert await anyio.to_thread.run_sync(worker.wait) == 0
+    assert run.result.all_succeeded
+
+
+async def asked(port: int, path: str) -> tuple[int, str]:
+    async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+        await stream.send(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        answer = b"".join([part async for part in stream]).decode()
+    head, _, body = answer.partition("\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--engine", "no_such_module:agent"], 2, "no_such_module:agent cannot be imported"),
+        (["--engine", "temporal_agents:a_text"], 2, "must be an engine or an async function"),
+        (["--engine", AGENT, "--max-concurrency", "0"], 2, "max_agents must be >= 1"),
+        (["--engine", AGENT, "--health", "nowhere"], 2, "--health needs host:port"),
+        (["--engine", AGENT, "--ray"], 2, "a worker needs to know of which cluster: --ray or --task-queue NAME"),
+        (["--engine", AGENT, "--namespace", "not-there"], 1, "parallel-agents: Temporal"),
+        (["--engine", AGENT, "--health", "192.0.2.1:80"], 1, "the health cannot be told at"),
+    ],
+)
+def test_a_worker_that_cannot_begin_says_why(server: TemporalServer, options: list[str], code: int, told: str) -> None:
+    command = [sys.executable, "-m", "parallel_agents", "worker", "--task-queue", "q", "--address", server.address]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([*command, *options], env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (run.returncode, told in run.stderr) == (code, True), run.stderr
+
+
+def test_a_worker_whose_server_is_not_there_says_so() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "parallel_agents", "worker", "--task-queue", "q", "--address", address]
+    run = subprocess.run([*command, "--engine", AGENT], capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("parallel-agents: Temporal cannot be reached: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"client": "127.0.0.1:7233"}, "client must be a"),
+        ({"task_queue": " "}, "task_queue must not be blank"),
+        ({"execution": ""}, "execution must not be blank"),
+        ({"cancel_seconds": 0}, "cancel_seconds must be > 0"),
+        ({"starts": 0}, "starts must be >= 1"),
+    ],
+)
+def test_wrong_settings_are_refused(client: Client, options: dict[str, Any], told: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=told):
+        TemporalEngine(**{"client": client, "task_queue": "q", **options})
+
+
+def test_names_that_differ_give_workflows_that_differ() -> None:
+    names = [("a/b", "c"), ("a", "b/c"), ("a%2Fb", "c"), ("a", "\udc80")]
+    ids = [workflow_id(*name) for name in names]
+    assert len(set(ids)) == len(names)
+    assert all(id_.encode() for id_ in ids)
+
+
+def test_the_two_programs_of_the_page_do_what_it_says(server: TemporalServer, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "howto" / "temporal.md").read_text("utf-8")
+    agents, driver = re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_agents.py").write_text(agents, "utf-8")
+    (tmp_path / "drive.py").write_text(driver.replace("127.0.0.1:7233", server.address), "utf-8")
+    worker = server.worker("my_agents:review", "reviews")
+    worker.start(cwd=tmp_path)
+    with worker:
+        command = [sys.executable, "drive.py"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert run.stderr == ""
+    assert f"```text\n{run.stdout}```" in page

@@ -1,0 +1,143 @@
+"""What Temporal adds to an agent that does nothing: through TemporalEngine, and submitted by hand, on the same server.
+
+Starts the development server, which needs the dependency group ``temporal``; ``--synced`` lets its database wait for
+the disk, as it does for everybody else. ``--in-flight`` measures the memory of agents that wait, instead.
+
+    python benchmarks/cluster_temporal.py --count 200
+"""
+
+import argparse
+import asyncio
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+from temporalio import activity, workflow
+from temporalio.client import Client
+from temporalio.worker import Worker
+
+from parallel_agents import (
+    AgentAssignment,
+    AgentIdentity,
+    FunctionEngine,
+    ParallelExecutionGroup,
+    ParallelExecutor,
+    Task,
+)
+from parallel_agents.engines._temporal_worker import Agents
+from parallel_agents.engines.temporal import TemporalEngine
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from temporal_server import TemporalServer
+
+
+async def nothing(assignment: AgentAssignment) -> str:
+    return assignment.task_id
+
+
+async def wait(assignment: AgentAssignment) -> None:
+    await asyncio.sleep(float(str(assignment.task.inputs["seconds"])))
+
+
+@activity.defn
+async def by_hand_activity(text: str) -> str:
+    return text
+
+
+@workflow.defn(sandboxed=False)
+class ByHand:
+    @workflow.run
+    async def run(self, text: str) -> str:
+        return await workflow.execute_activity(by_hand_activity, text, start_to_close_timeout=timedelta(minutes=1))
+
+
+def group_of(count: int, at_once: int | None, **inputs: object) -> ParallelExecutionGroup:
+    tasks = [Task(id=f"t{n}", inputs=inputs) for n in range(count)]
+    identity = AgentIdentity(id="a")
+    return ParallelExecutionGroup.map(f"g-{secrets.token_hex(4)}", identity, tasks, max_concurrency=at_once)
+
+
+@asynccontextmanager
+async def workers_of(client: Client, agents: Agents) -> AsyncIterator[None]:
+    ours = agents.workers(client, "ours", max_agents=20_000, grace_seconds=0)
+    by_hand = Worker(client, task_queue="hand", workflows=[ByHand], activities=[by_hand_activity])
+    async with by_hand, ours.workflows, ours.news, ours.agents:
+        yield
+
+
+async def milliseconds(work: Callable[[], Awaitable[object]], count: int) -> float:
+    began = time.perf_counter()
+    await work()
+    return (time.perf_counter() - began) / count * 1000
+
+
+async def overhead(address: str, count: int, at_once: int) -> None:
+    client = await Client.connect(address)
+
+    async def by_hand(limit: int) -> None:
+        places = asyncio.Semaphore(limit)
+
+        async def one() -> None:
+            async with places:
+                await client.execute_workflow(ByHand.run, "x", id=secrets.token_hex(8), task_queue="hand")
+
+        await asyncio.gather(*(one() for _ in range(count)))
+
+    async def through(engine: TemporalEngine | FunctionEngine, limit: int) -> None:
+        (await ParallelExecutor(engine=engine).execute_group(group_of(count, limit))).raise_for_failures()
+
+    remote, plain = TemporalEngine(client, "ours"), FunctionEngine(nothing)
+    async with workers_of(client, Agents(FunctionEngine(nothing), heartbeat_seconds=5.0)):
+        await by_hand(at_once)
+        await through(remote, at_once)
+        print(f"{'milliseconds per agent':24}{'plain':>10}{'by hand':>10}{'Temporal':>10}{'of by hand':>12}")
+        for name, limit in (("serial", 1), (f"{at_once} at once", at_once)):
+            alone = await milliseconds(partial(through, plain, limit), count)
+            hand = min([await milliseconds(partial(by_hand, limit), count) for _ in range(3)])
+            ours = min([await milliseconds(partial(through, remote, limit), count) for _ in range(3)])
+            print(f"{name:24}{alone:10.3f}{hand:10.1f}{ours:10.1f}{ours / hand:12.2f}")
+
+
+def resident_kilobytes() -> int:
+    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1])
+    raise RuntimeError("no VmRSS")
+
+
+async def memory(address: str, count: int, seconds: float) -> None:
+    """Driver and worker in one process: how much an agent in flight takes of both."""
+    client = await Client.connect(address)
+    before = resident_kilobytes()
+    engine = TemporalEngine(client, "ours", progress_seconds=seconds, heartbeat_timeout_seconds=10 * seconds)
+    async with workers_of(client, Agents(FunctionEngine(wait), heartbeat_seconds=seconds)):
+        async with ParallelExecutor(engine=engine).open_group(group_of(count, None, seconds=seconds)) as run:
+            await asyncio.sleep(seconds * 0.9)
+            used = resident_kilobytes() - before
+            print(f"{run.progress.in_progress} in flight: {used / count:.0f} kB each, driver and worker together")
+        run.result.raise_for_failures()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--at-once", type=int, default=100)
+    parser.add_argument("--synced", action="store_true")
+    parser.add_argument("--in-flight", type=float, metavar="SECONDS", help="how long each of --count agents waits")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, TemporalServer(Path(folder), is_synced=chosen.synced) as server:
+        if chosen.in_flight is None:
+            asyncio.run(overhead(server.address, chosen.count, chosen.at_once))
+        else:
+            asyncio.run(memory(server.address, chosen.count, chosen.in_flight))
+
+
+if __name__ == "__main__":
+    main()
