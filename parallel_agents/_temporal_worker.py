@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import NoReturn
 
 import anyio
 import anyio.abc
@@ -60,8 +61,8 @@ class TemporalWorkerSettings:
     health: tuple[str, int] | None = None
 
 
-async def serve(engine: AgentEngine, settings: TemporalWorkerSettings) -> int:
-    """Run agents until SIGINT or SIGTERM; return the exit code. On asyncio.
+async def serve(engine: AgentEngine, settings: TemporalWorkerSettings) -> NoReturn:
+    """Run agents until SIGINT or SIGTERM; then end the process, with 1 if agents had to be cancelled. On asyncio.
 
     Then no more are taken, and those that run may finish in the grace period; a second signal cancels them at once. One
     that was cancelled runs again on another worker.
@@ -96,7 +97,7 @@ async def serve(engine: AgentEngine, settings: TemporalWorkerSettings) -> int:
                 await workers.agents.shutdown()
             if in_time.cancelled_caught:
                 _say(f"{agents.running} agents did not stop: ending all the same; they run again on another worker")
-                os._exit(FAILED)  # the event loop would wait for them
+                _end(FAILED)  # the event loop would wait for them
             await _until_recorded(client, agents.ended_late)
             await workers.workflows.shutdown()
             await workers.news.shutdown()
@@ -105,7 +106,7 @@ async def serve(engine: AgentEngine, settings: TemporalWorkerSettings) -> int:
         raise CannotServeError(f"Temporal's worker failed: {next(leaves(errors))}") from errors
     except* OSError as errors:
         raise CannotServeError(f"the health cannot be told at {settings.health}: {next(leaves(errors))}") from errors
-    return FAILED if agents.interrupted else SUCCEEDED
+    _end(FAILED if agents.interrupted else SUCCEEDED)
 
 
 async def _client(settings: TemporalWorkerSettings) -> Client:
@@ -144,6 +145,14 @@ class _Drain:
         if not grace_seconds:
             self._agents.interrupt()
         self.is_asked.set()
+
+
+def _end(code: int) -> NoReturn:
+    """End the process without the interpreter's farewell, in which one of Temporal's threads may abort it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _say(text: str) -> None:

@@ -66,7 +66,7 @@ class TemporalServer:
         self._process.kill()
         self._process.wait()
 
-    def worker(self, engine: str, task_queue: str, *options: str, heartbeat: float = 0.2) -> "TemporalWorker":
+    def worker(self, engine: str, task_queue: str, *options: str, heartbeat: float = 0.5) -> "TemporalWorker":
         """Return a worker of this server, to be started."""
         options = ("--engine", engine, "--address", self.address, "--heartbeat", str(heartbeat), *options)
         return TemporalWorker(task_queue, self._folder / f"{task_queue}.log", *options)

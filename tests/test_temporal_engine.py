@@ -65,7 +65,7 @@ def worker(server: TemporalServer) -> Iterator[TemporalWorker]:
         del os.environ[QUEUE]
 
 
-async def make_engine(execution: str, *, cancel_seconds: float = 10.0) -> TemporalEngine:
+async def make_engine(execution: str, *, cancel_seconds: float = SECONDS) -> TemporalEngine:
     """Return an engine, in this process or in another that the tests start."""
     client = await anyio.to_thread.run_sync(connect, os.environ[ADDRESS])
     return TemporalEngine(
@@ -73,7 +73,7 @@ async def make_engine(execution: str, *, cancel_seconds: float = 10.0) -> Tempor
         os.environ[QUEUE],
         execution=execution,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-        progress_seconds=0.1,
+        progress_seconds=0.5,
         cancel_seconds=cancel_seconds,
     )
 
