@@ -35,7 +35,7 @@ from parallel_agents.engines.temporal import TemporalEngine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from temporal_server import TemporalServer  # pyright: ignore[reportMissingImports]  # noqa: E402 - from the tests
+from temporal_server import TemporalServer  # pyright: ignore[reportMissingImports] - from the tests
 
 
 async def nothing(assignment: AgentAssignment) -> str:
