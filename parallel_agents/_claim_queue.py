@@ -18,14 +18,14 @@ from ._claims import PATH, ClaimMode, ResourceClaim
 
 O = TypeVar("O", bound=Hashable)  # noqa: E741
 
-_AT, _AT_SHARED, _BELOW, _BELOW_SHARED = range(4)
+AT, AT_SHARED, BELOW, BELOW_SHARED = range(4)
 """How a ticket is noted at a resource: it claims the resource itself, or something below it; alone, or shared."""
 
-_IN_THE_WAY = {
-    _AT: (_AT, _AT_SHARED, _BELOW, _BELOW_SHARED),
-    _AT_SHARED: (_AT, _BELOW),
-    _BELOW: (_AT, _AT_SHARED),
-    _BELOW_SHARED: (_AT,),
+IN_THE_WAY = {
+    AT: (AT, AT_SHARED, BELOW, BELOW_SHARED),
+    AT_SHARED: (AT, BELOW),
+    BELOW: (AT, AT_SHARED),
+    BELOW_SHARED: (AT,),
 }
 """What does not go together with each."""
 
@@ -71,7 +71,7 @@ class ClaimQueue(Generic[O]):
         if not self._note_alone(ticket):
             self._watch(ticket, newest_first=True)
             for claim in claims:
-                for resource, how in _notes(claim):
+                for resource, how in notes(claim):
                     self._note(ticket, resource, how)
         return ticket
 
@@ -82,7 +82,7 @@ class ClaimQueue(Generic[O]):
             if noted.get(claim.resource) is ticket:
                 del noted[claim.resource]
                 continue
-            for resource, how in _notes(claim):
+            for resource, how in notes(claim):
                 self._remove(ticket, resource, how)
         if ticket.waits_for is not None:
             assert ticket.waits_for._watched_by is not None
@@ -143,10 +143,10 @@ class ClaimQueue(Generic[O]):
         return None
 
     def _in_the_way(self, claim: ResourceClaim) -> Iterator[OrderedDict[Ticket[O], int]]:
-        for resource, how in _notes(claim):
+        for resource, how in notes(claim):
             shelves = self._shelves_of(resource)
             if shelves is not None:
-                for other_how in _IN_THE_WAY[how]:
+                for other_how in IN_THE_WAY[how]:
                     tickets = shelves[other_how]
                     if tickets is not None:
                         yield tickets
@@ -237,17 +237,17 @@ def _is_noted_once(claim: ResourceClaim) -> bool:
     return claim.within is None and not claim.resource.startswith(PATH)
 
 
-def _notes(claim: ResourceClaim) -> Sequence[tuple[str, int]]:
+def notes(claim: ResourceClaim) -> Sequence[tuple[str, int]]:
     """Return where a claim is noted, and how."""
     is_shared = claim.mode is ClaimMode.SHARED
-    at = (claim.resource, _AT_SHARED if is_shared else _AT)
+    at = (claim.resource, AT_SHARED if is_shared else AT)
     if _is_noted_once(claim):
         return (at,)
     if claim.within is not None:
         folders: Sequence[str] = (claim.within, *_folders_above(claim.within))
     else:
         folders = _folders_above(claim.resource)
-    below = _BELOW_SHARED if is_shared else _BELOW
+    below = BELOW_SHARED if is_shared else BELOW
     return (at, *((folder, below) for folder in folders))
 
 
