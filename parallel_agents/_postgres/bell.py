@@ -17,7 +17,7 @@ class _Call:
     """What somebody listens for."""
 
     message: str | None = None
-    event: anyio.Event = field(factory=anyio.Event)
+    sleepers: set[anyio.Event] = field(factory=set)
 
 
 class Bell:
@@ -29,6 +29,7 @@ class Bell:
         self._is_rung = False
         self._calls: dict[str, _Call] = {}
         self._has_reader = False
+        self._sleepers: dict[anyio.Event, None] = {}
         self._ear, self._clapper = socket.socketpair()
 
     def close(self) -> None:
@@ -37,7 +38,7 @@ class Bell:
         self._clapper.close()
 
     def expect(self, name: str) -> None:
-        """Keep what comes for a name from now on; in the event loop in which it is waited for."""
+        """Keep what comes for a name from now on."""
         self._calls[name] = _Call()
 
     def forget(self, name: str) -> None:
@@ -60,22 +61,31 @@ class Bell:
             if call.message is not None:
                 return call.message
             if self._has_reader:
-                if call.event.is_set():
-                    call.event = anyio.Event()
+                await self._sleep(call)
+            else:
+                self._has_reader = True
                 try:
-                    await call.event.wait()
-                except BaseException:
-                    if not self._has_reader:  # perhaps it was this one that was to be the next
-                        self._wake_next_reader()
-                    raise
-                continue
-            self._has_reader = True
-            try:
-                await anyio.wait_readable(self._ear)
-            finally:
-                self._has_reader = False
-                self._hear()
+                    await anyio.wait_readable(self._ear)
+                finally:
+                    self._has_reader = False
+                    self._hear()
+                    self._wake_next_reader()
+
+    async def _sleep(self, call: _Call) -> None:
+        """Wait until there is a message, or nobody who listens for it."""
+        event = anyio.Event()
+        call.sleepers.add(event)
+        self._sleepers[event] = None
+        try:
+            await event.wait()
+        except BaseException:
+            del self._sleepers[event]
+            if not self._has_reader:  # perhaps it was this one that was to be the next
                 self._wake_next_reader()
+            raise
+        finally:
+            call.sleepers.discard(event)
+            self._sleepers.pop(event, None)
 
     def _hear(self) -> None:
         with self._guard:
@@ -87,10 +97,11 @@ class Bell:
         for name, message in rung:
             if (call := self._calls.get(name)) is not None:
                 call.message = message
-                call.event.set()
+                for event in call.sleepers:
+                    event.set()
 
     def _wake_next_reader(self) -> None:
-        for call in self._calls.values():
-            if not call.event.is_set():
-                call.event.set()
+        for event in self._sleepers:
+            if not event.is_set():
+                event.set()
                 return
