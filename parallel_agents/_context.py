@@ -15,6 +15,7 @@ from attrs import define, field
 from ._models import NO_USAGE, AgentAssignment, Usage
 from ._outcomes import AgentOutcome
 from .events import write_log
+from .locks._protocol import Lease
 
 NO_OUTCOMES: Mapping[str, AgentOutcome[Any]] = MappingProxyType({})
 
@@ -32,6 +33,8 @@ class RunContext:
         attempt: Which attempt this is, from 1.
         usage: What was metered so far.
         upstream: The outcomes of the tasks that this one depends on, by their ids.
+        lease: What it holds of its claims; ``None`` without claims, and with a lock that knows no leases. A store that is
+            given its ``fencing_token`` can refuse what comes too late.
         program_env: Returns variables for programs that are started for this agent; what their engine sets stands
             above.
     """
@@ -42,6 +45,7 @@ class RunContext:
     attempt: int = field(default=1, kw_only=True)
     usage: Usage = field(default=NO_USAGE, kw_only=True)
     upstream: Mapping[str, AgentOutcome[Any]] = field(default=NO_OUTCOMES, kw_only=True, repr=False)
+    lease: Lease | None = field(default=None, kw_only=True, repr=False)
     program_env: Callable[[], Mapping[str, str]] = field(default=dict, kw_only=True, repr=False)
     _usage_watchers: tuple[Callable[[Usage], object], ...] = field(default=(), init=False, repr=False)
 
@@ -105,6 +109,7 @@ class RunInAnotherThread(RunContext):
             attempt=run.attempt,
             usage=run.usage,
             upstream=run.upstream,
+            lease=run.lease,
             program_env=run.program_env,
         )
         self._run = run

@@ -144,7 +144,7 @@ class HeldClaims:
                 lease = await self._claim_lock.acquire_claims(claims, holder, timeout_seconds=timeout_seconds)
                 self.leases[position] = lease
             else:
-                self.leases[position] = plain_lease = _PlainLease(self._lock, claims, holder)
+                self.leases[position] = plain_lease = PlainLease(self._lock, claims, holder)
                 await plain_lease.take(timeout_seconds)
         except ResourceConflictError as error:
             await self._give_back_now(position)  # noqa: ASYNC120 - it is shielded
@@ -224,7 +224,7 @@ class HeldClaims:
         self._events.emit(PARALLEL_LOCK_RELEASE_ERROR, error=error_text(error))
 
 
-class _PlainLease:
+class PlainLease:
     """The claims of one holder on a lock that knows single resources only; shared claims are taken as exclusive."""
 
     lost: Lost = NEVER_LOST
@@ -275,4 +275,4 @@ class _PlainLease:
             raise ExceptionGroup("locks could not be given back", errors)
 
 
-HeldLease = Lease | _PlainLease
+HeldLease = Lease | PlainLease

@@ -39,7 +39,7 @@ from ._endings import (
     order_to_end,
 )
 from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConflictError
-from ._holding import HeldClaims, HeldLease, refuse_overlaps
+from ._holding import HeldClaims, HeldLease, PlainLease, refuse_overlaps
 from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, GroupOptions, Usage
 from ._outcomes import (
     AgentOutcome,
@@ -791,6 +791,7 @@ class GroupRun(Generic[T]):
             if call.due < self._deadlines.looks_at:
                 self._deadlines.tell(call.due)
         lease = self._claims.leases.get(position)
+        call.lease = None if isinstance(lease, PlainLease) else lease
         if lease is not None and lease.lost is not NEVER_LOST:
             call.lease_watch = anyio.CancelScope()
             self._tasks.start_soon(self._watch_lease, call, lease, call.lease_watch)

@@ -156,6 +156,7 @@ class PostgresStore:
         Raises:
             PostgresError: If the server does not come back in time, or refuses it.
         """
+        await self.open_in_thread()  # what is wrong from the start does not pass
         patience = self._lease_seconds if patience_seconds is None else patience_seconds
         gives_up, pause = anyio.current_time() + patience, FIRST_PAUSE_SECONDS
         while True:
@@ -166,6 +167,11 @@ class PostgresStore:
                     raise
             await anyio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def soon(self, work: Callable[[Connection], object]) -> None:
+        """Have something done when the server is there, if this is open; never waits, and never fails."""
+        if self._opened is not None:
+            self._opened.keeper.soon(work)
 
     def _threads(self) -> anyio.CapacityLimiter:
         try:

@@ -118,12 +118,10 @@ class PostgresServer:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
-    def new_database(self) -> str:
-        """Make an empty database, and return its name."""
-        self._made += 1
-        name = f"test_{self._made}"
-        self.execute(f"CREATE DATABASE {name}")
-        return name
+    def empty(self) -> str:
+        """Return the address of a database that has nothing of ours in it."""
+        self.execute("DROP SCHEMA IF EXISTS parallel_agents CASCADE")
+        return self.url("postgres")
 
 
 @contextlib.contextmanager

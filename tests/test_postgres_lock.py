@@ -17,7 +17,7 @@ def server() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def url(server: PostgresServer) -> str:
-    return server.url(server.new_database())
+    return server.empty()
 
 
 class TestPostgresResourceLock(ClaimLockContract):

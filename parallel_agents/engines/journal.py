@@ -17,7 +17,7 @@ from .._context import RunContext, current_run
 from .._models import NO_USAGE, AgentAssignment
 from .._outcomes import AgentOutcome, AgentRunResult
 from ..events import PARALLEL_AGENT_RESUMED, error_text
-from ..journals import Ending, Entry, Journal, JournalError, Step
+from ..journals import Ending, Entry, Journal, JournalError, LetsGo, Step
 from ..serialization import make_converter, parse_json, plain_json, structure, unstructure
 from ._metering import Meter
 from ._protocol import AgentEngine, ChecksAssignments
@@ -123,6 +123,10 @@ class JournaledEngine:
             failure = Ending(status="failed", content=_text(error_text(error)), usage=meter.metered())
             await self._journal.end(attempt, failure)  # noqa: ASYNC120 - a cancellation does not end it
             raise
+        except BaseException:
+            if isinstance(self._journal, LetsGo):
+                self._journal.let_go(attempt)
+            raise
         try:
             await self._journal.end(attempt, Ending(status=status, content=content, usage=meter.metered()))
         except JournalError as error:
@@ -137,6 +141,7 @@ class JournaledEngine:
             task_id=_text(assignment.task_id),
             agent_id=_text(assignment.agent_id),
             fingerprint=fingerprint(assignment, run.upstream, self._version),
+            lease=run.lease,
         )
 
     def _content(self, result: object) -> tuple[str, str]:

@@ -1,5 +1,5 @@
 """Where what agents did is kept, so that a crash costs none of it."""
 
-from ._protocol import Ending, Entry, Journal, JournalError, Step
+from ._protocol import Ending, Entry, Journal, JournalError, LetsGo, Step
 
-__all__ = ["Ending", "Entry", "Journal", "JournalError", "Step"]
+__all__ = ["Ending", "Entry", "Journal", "JournalError", "LetsGo", "Step"]

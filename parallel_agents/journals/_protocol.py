@@ -8,6 +8,7 @@ from .._checks import is_a, not_blank
 from .._errors import ParallelAgentsError
 from .._models import NO_USAGE, Usage
 from .._outcomes import AgentRunResult
+from ..locks._protocol import Lease
 
 
 class JournalError(ParallelAgentsError):
@@ -39,6 +40,7 @@ class Step:
         task_id: The task.
         agent_id: The agent.
         fingerprint: Of all that decides what the agent does; another fingerprint is other work.
+        lease: The claims that the agent holds: a journal that knows their lock refuses its ending when they are lost.
     """
 
     execution: str = field(validator=not_blank)
@@ -46,6 +48,7 @@ class Step:
     task_id: str = field(validator=not_blank)
     agent_id: str = field(validator=not_blank)
     fingerprint: str = field(validator=not_blank)
+    lease: Lease | None = field(default=None, eq=False, repr=False)
 
 
 @frozen(kw_only=True)
@@ -111,4 +114,13 @@ class Journal(Protocol):
         Raises:
             JournalError: If it cannot be recorded.
         """
+        ...
+
+
+@runtime_checkable
+class LetsGo(Protocol):
+    """A journal that wants to know when a start was left without an ending, by a cancellation for example."""
+
+    def let_go(self, attempt: int, /) -> None:
+        """Record soon that nobody is at it any more. Never waits, and never fails."""
         ...

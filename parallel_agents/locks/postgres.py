@@ -341,7 +341,7 @@ async def _leave_soon(store: PostgresStore, name: str, patience_seconds: float) 
     try:
         await store.run(lambda connection, _: _leave(connection, name), patience_seconds=patience_seconds)
     except PostgresError:
-        store.opened.keeper.soon(lambda connection: _leave(connection, name))
+        store.soon(lambda connection: _leave(connection, name))
 
 
 def _leave(connection: Connection, name: str) -> None:
