@@ -22,12 +22,14 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 OUTSIDE_THE_CORE = [
     "parallel_agents/__main__.py",
     "parallel_agents/_commands.py",
+    "parallel_agents/_databases.py",
     "parallel_agents/_display.py",
     "parallel_agents/_history.py",
     "parallel_agents/_live.py",
     "parallel_agents/_plan_chat.py",
     "parallel_agents/_plan_text.py",
     "parallel_agents/_plan_yaml.py",
+    "parallel_agents/_postgres/*",
     "parallel_agents/_report_file.py",
     "parallel_agents/_timeline/*",
     "parallel_agents/_words.py",
@@ -49,9 +51,12 @@ OUTSIDE_THE_CORE = [
     "parallel_agents/engines/worktree.py",
     "parallel_agents/journals/_reading.py",
     "parallel_agents/journals/_sqlite_store.py",
+    "parallel_agents/journals/postgres.py",
     "parallel_agents/locks/_file_store.py",
     "parallel_agents/locks/file.py",
+    "parallel_agents/locks/postgres.py",
     "parallel_agents/observers/otel.py",
+    "parallel_agents/postgres.py",
     "parallel_agents/testing/*",
 ]
 """Files that need 95 % branch coverage; all others need 100 %."""
@@ -72,7 +77,14 @@ ON_TEMPORAL = [
 ]
 """Files that need 95 % in the session ``temporal``, which alone has a server to run them with."""
 
-TESTED_EXTRAS = [*EXTRAS["cli"], *EXTRAS["retry"], *EXTRAS["chat"], *EXTRAS["mcp"], *EXTRAS["otel"]]
+TESTED_EXTRAS = [
+    *EXTRAS["cli"],
+    *EXTRAS["retry"],
+    *EXTRAS["chat"],
+    *EXTRAS["mcp"],
+    *EXTRAS["otel"],
+    *EXTRAS["postgres"],
+]
 
 nox.needs_version = ">=2025.5"
 nox.options.error_on_external_run = True
@@ -128,13 +140,23 @@ def _install_browser(session: nox.Session) -> None:
     """See to a Chromium for the tests of pages: Debian's where this may install it, otherwise Playwright's."""
     if shutil.which("chromium") or shutil.which("google-chrome"):
         return
-    if shutil.which("apt-get") and os.geteuid() == 0:
-        session.run("apt-get", "update", "-qq", external=True)
-        session.run(
-            "apt-get", "install", "-qq", "-y", "--no-install-recommends", "chromium", external=True, silent=True
-        )
-    else:
+    if not _install_from_debian(session, "chromium"):
         session.run("playwright", "install", "chromium")
+
+
+def _install_postgres(session: nox.Session) -> None:
+    """See to a PostgreSQL server for the tests that start one; they are skipped where that is not possible."""
+    if not shutil.which("initdb") and not any(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        _install_from_debian(session, "postgresql")
+
+
+def _install_from_debian(session: nox.Session, package: str) -> bool:
+    """Install a package of the system's, if that is Debian and this may do so; return whether it was done."""
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        return False
+    session.run("apt-get", "update", "-qq", external=True)
+    session.run("apt-get", "install", "-qq", "-y", "--no-install-recommends", package, external=True, silent=True)
+    return True
 
 
 def _install_wheel(session: nox.Session, *requirements: str) -> None:
@@ -163,6 +185,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests against the wheel, on asyncio and trio; the proofs in short on one Python, less elsewhere."""
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"))
     _install_browser(session)
+    _install_postgres(session)
     proof = "short" if session.python == PYTHONS[-1] else "few"
     session.run("pytest", f"--proof={proof}", *session.posargs, env=SAFE_PATH)
 
@@ -174,6 +197,7 @@ def no_trio(session: nox.Session) -> None:
     _install_wheel(session, *extras, *_group("tests"))
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
     _install_browser(session)
+    _install_postgres(session)
     session.run("pytest", "-rfE", "--proof=few", *session.posargs, env=SAFE_PATH)
 
 
@@ -182,6 +206,7 @@ def coverage(session: nox.Session) -> None:
     """Measure branches: every one of the core, 95 % of what stands around it; with all frameworks there are."""
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"), *_group("frameworks"), *_group("coverage"))
     _install_browser(session)
+    _install_postgres(session)
     around = ",".join(OUTSIDE_THE_CORE)
     elsewhere = ",".join([*ON_A_RAY_CLUSTER, *ON_TEMPORAL])
     session.run("coverage", "erase")
@@ -247,7 +272,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def typing(session: nox.Session) -> None:
     """Check types of the package, the tests and the programs around them: mypy --strict and pyright."""
-    session.install("-q", "-e", ".[cli,retry,chat,mcp,otel,temporal]", *_group("typing"))
+    session.install("-q", "-e", ".[cli,retry,chat,mcp,otel,postgres,temporal]", *_group("typing"))
     session.run("mypy")
     session.run("pyright")
 
@@ -256,7 +281,7 @@ def typing(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation, where every warning is an error, and look at it in a browser."""
     session.install(
-        "-q", ".[cli,retry,chat,mcp,otel,temporal]", *_group("docs"), *_group("tests"), *_group("frameworks")
+        "-q", ".[cli,retry,chat,mcp,otel,postgres,temporal]", *_group("docs"), *_group("tests"), *_group("frameworks")
     )
     session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
     _install_browser(session)

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import OutcomeStatus, ParallelExecutionResult, ParallelExecutor, ShutdownManager, serialization
+from ._databases import Databases, is_address
 from ._display import Display, JsonDisplay, LineDisplay, id_text, make_console, make_table, print_summary
 from ._errors import InvalidPlanError, ParallelAgentsError, ParallelExecutionError
 from ._graph import dot, mermaid, tree_lines
@@ -50,6 +51,9 @@ from .serialization import EnvironmentFacts, InvalidDataError
 
 if TYPE_CHECKING:
     from loguru import Message
+
+    from .journals.postgres import PostgresJournal
+    from .locks.postgres import PostgresResourceLock
 
 SUCCEEDED, FAILED, WRONG = 0, 1, 2
 
@@ -130,7 +134,8 @@ def run(
     claim_policy: Literal["reject", "wait"] | None = None,
     claim_timeout: float | None = None,
     lock_dir: Path | None = None,
-    journal: Path | None = None,
+    locks: str | None = None,
+    journal: str | None = None,
     fresh: Flag = False,
     deadline: float | None = None,
     stop_after: int | None = None,
@@ -159,7 +164,8 @@ def run(
         max_cost: When agents have spent so much, nothing more starts; stands above the plan's.
         max_tokens: When agents have used so many tokens, nothing more starts; stands above the plan's.
         lock_dir: Keep out of the claims of all runs on this machine that are given the same folder.
-        journal: Keep in this file what agents did; where a run of the plan was interrupted, go on with it.
+        locks: Keep out of the claims of all runs that are given the same database: `postgresql://user@host/name`.
+        journal: Keep in this file or database what agents did; where a run of the plan was interrupted, go on with it.
         fresh: Run all agents again, whatever is in the journal.
         settings: Set a key of the plan, as in `--set defaults.timeout_seconds=5`; may be repeated.
         report: Write the report to this file, as JSON; `-` is standard output, and then nothing else goes there.
@@ -187,8 +193,9 @@ def run(
     if log_level is not None:
         _log_to_stderr(log_level)
     display = _choose_display(quiet=quiet, json_events=json_events)
-    lock = _file_lock(lock_dir)
-    record = _record(journal, chosen, display, is_fresh=fresh, is_whole=not only)
+    databases = Databases()
+    lock = _lock(lock_dir, locks, databases)
+    record = _record(journal, chosen, display, databases, is_fresh=fresh, is_whole=not only)
     is_on_stdout = report_file is not None and report_file.is_stdout
     # What agents print in this process must not mix with the report.
     with contextlib.redirect_stdout(sys.stderr) if is_on_stdout else contextlib.nullcontext():
@@ -370,31 +377,31 @@ def graph(
 
 
 @app.command
-def history(journal: Path, /) -> int:
+def history(journal: str, /) -> int:
     """List the runs that a journal has, the latest one last.
 
     Args:
-        journal: A file that `run --journal` wrote; it may be in use.
+        journal: A file or database that `run --journal` wrote to; it may be in use.
     """
-    executions = _read_journal(journal)
+    executions, in_use = _read_journal(journal)
     with _printing(sys.stdout) as console:
-        print_history(console, executions, in_use=is_in_use(journal))
+        print_history(console, executions, in_use=in_use)
     return SUCCEEDED
 
 
 @app.command
-def show(report: Path, /, *, execution: str | None = None) -> int:
+def show(report: str, /, *, execution: str | None = None) -> int:
     """Show an earlier run as a table, with the exit code of its outcomes.
 
     Args:
-        report: A file that `run --report` or `run --journal` wrote.
+        report: A file that `run --report` or `run --journal` wrote, or a database.
         execution: Which run of a journal, as `history` names it; the latest one unless given.
     """
-    if is_journal(report):
+    if is_address(report) or is_journal(Path(report)):
         return _show_execution(report, execution)
     if execution is not None:
         raise _CannotGoOnError("--execution goes with a journal, not with a report")
-    result = serialization.read_report(report).result
+    result = serialization.read_report(Path(report)).result
     with _printing(sys.stdout) as console:
         print_summary(console, result)
     return SUCCEEDED if result.all_succeeded else FAILED
@@ -428,8 +435,8 @@ _DRAWN_AS: Mapping[str, Callable[[ParallelExecutionResult[Any]], str]] = {
 }
 
 
-def _show_execution(path: Path, name: str | None) -> int:
-    executions = _read_journal(path)
+def _show_execution(journal: str, name: str | None) -> int:
+    executions, _ = _read_journal(journal)
     chosen = [execution for execution in executions if name in (None, execution.name)]
     if not chosen:
         raise _CannotGoOnError(f"the journal has no run {name!r}" if name else "the journal has no runs")
@@ -438,10 +445,14 @@ def _show_execution(path: Path, name: str | None) -> int:
     return SUCCEEDED if all(a.status == "succeeded" for a in chosen[-1].last_attempts) else FAILED
 
 
-def _read_journal(path: Path) -> tuple[RecordedExecution, ...]:
+def _read_journal(journal: str) -> tuple[tuple[RecordedExecution, ...], bool]:
+    """Return what stands in a journal, and whether it is in use."""
     try:
-        return read_journal(path)
-    except JournalError as error:
+        if not is_address(journal):
+            return read_journal(journal), is_in_use(Path(journal))
+        with Databases().journal(journal) as opened:
+            return opened.read(), opened.is_in_use()
+    except (ModuleNotFoundError, ValueError, ParallelAgentsError) as error:
         raise _CannotGoOnError(str(error)) from error
 
 
@@ -477,7 +488,16 @@ def _split_setting(setting: str) -> tuple[str, str]:
     return key, value
 
 
-def _file_lock(folder: Path | None) -> FileResourceLock | None:
+def _lock(
+    folder: Path | None, address: str | None, databases: Databases
+) -> "FileResourceLock | PostgresResourceLock | None":
+    if address is not None:
+        if folder is not None:
+            raise _CannotGoOnError("--locks and --lock-dir do not go together; nothing was run")
+        try:
+            return databases.lock(address)
+        except (ModuleNotFoundError, ValueError, ParallelAgentsError) as error:
+            raise _CannotGoOnError(f"--locks: {error}; nothing was run") from error
     if folder is None:
         return None
     lock = FileResourceLock(folder)
@@ -498,7 +518,7 @@ class _Record:
         is_whole: Whether all agents of the plan are run, so that the execution may be finished.
     """
 
-    journal: SqliteJournal
+    journal: "SqliteJournal | PostgresJournal"
     execution: str
     is_whole: bool
 
@@ -511,18 +531,24 @@ class _Record:
 _OWN_ENDS = (OutcomeStatus.SUCCEEDED, OutcomeStatus.PARKED, OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT)
 
 
-def _record(path: Path | None, plan: Plan, display: Display, *, is_fresh: bool, is_whole: bool) -> _Record | None:
+def _record(
+    where: str | None, plan: Plan, display: Display, databases: Databases, *, is_fresh: bool, is_whole: bool
+) -> _Record | None:
     """Open the journal, and choose the run to go on with, or the name of a new one."""
-    if path is None:
+    if where is None:
         if is_fresh:
             raise _CannotGoOnError("--fresh goes with --journal")
         return None
     group_id = plan.group.group_id
-    journal = SqliteJournal(path)
+    journal: SqliteJournal | PostgresJournal
     try:
-        journal.open()
+        if is_address(where):
+            journal = databases.journal(where)
+        else:
+            journal = SqliteJournal(where)
+            journal.open()
         earlier = None if is_fresh else journal.unfinished(group_id)
-    except JournalError as error:
+    except (ModuleNotFoundError, ValueError, JournalError) as error:
         raise _CannotGoOnError(f"{error}; nothing was run") from error
     if earlier is not None:
         display.say(f"Going on with {earlier}: what succeeded there does not run again (it would with --fresh)")
@@ -606,7 +632,13 @@ class _Ending:
     code: int
 
 
-def _run(plan: Plan, display: Display, backend: str, lock: FileResourceLock | None, record: _Record | None) -> _Ending:
+def _run(
+    plan: Plan,
+    display: Display,
+    backend: str,
+    lock: "FileResourceLock | PostgresResourceLock | None",
+    record: _Record | None,
+) -> _Ending:
     """Run a plan, and be deaf to signals afterwards: the exit code is decided."""
     try:
         return anyio.run(_run_until_signalled, plan, display, lock, record, backend=backend)
@@ -637,7 +669,7 @@ class _Announcer:
 
 
 async def _run_until_signalled(
-    plan: Plan, display: Display, lock: FileResourceLock | None, record: _Record | None
+    plan: Plan, display: Display, lock: "FileResourceLock | PostgresResourceLock | None", record: _Record | None
 ) -> _Ending:
     manager = ShutdownManager()
     engine = plan.engine

@@ -33,8 +33,8 @@ class RunContext:
         attempt: Which attempt this is, from 1.
         usage: What was metered so far.
         upstream: The outcomes of the tasks that this one depends on, by their ids.
-        lease: What it holds of its claims; ``None`` without claims, and with a lock that knows no leases. A store that is
-            given its ``fencing_token`` can refuse what comes too late.
+        lease: What it holds of its claims; ``None`` without claims, and with a lock that has no leases. A store that
+            is given its ``fencing_token`` can refuse what comes too late.
         program_env: Returns variables for programs that are started for this agent; what their engine sets stands
             above.
     """

@@ -1,7 +1,7 @@
 """PostgresStore: one PostgreSQL database for the locks and the journals of many machines.
 
-Opens it, and carries calls into threads, because psycopg's asynchronous side does not run on trio. Knows no locks and no
-journals; what stands in the database is in ``_postgres``.
+Opens it, and carries calls into threads, because psycopg's asynchronous side does not run on trio. Knows no locks and
+no journals; what stands in the database is in ``_postgres``.
 """
 
 import math
@@ -16,7 +16,7 @@ from anyio.lowlevel import RunVar
 
 from ._postgres import schema
 from ._postgres.bell import Bell
-from ._postgres.connections import Connection, Connections, OutageError, PostgresError, SessionLostError, psycopg
+from ._postgres.connections import FORBIDDEN, Connection, Connections, OutageError, PostgresError, SessionLostError
 from ._postgres.keeper import Keeper, Session
 
 __all__ = ["PostgresError", "PostgresStore"]
@@ -37,8 +37,8 @@ class PostgresStore:
     If that fails until the lease is over, others take over all that was held through it. Each call to a server that is
     away is repeated for the length of a lease.
 
-    The first that opens it makes the tables, in a schema called ``parallel_agents``. Serves one event loop at a time; may
-    be made anywhere, and used on one after the other.
+    The first that opens it makes the tables, in a schema called ``parallel_agents``. Serves one event loop at a time;
+    may be made anywhere, and used on one after the other.
 
     Args:
         url: As libpq understands it, ``postgresql://user@host:5432/database``. A password had better be in the
@@ -125,7 +125,7 @@ class PostgresStore:
         if version < schema.VERSION:
             try:
                 schema.migrate(connection)
-            except psycopg.errors.InsufficientPrivilege as error:
+            except FORBIDDEN as error:
                 raise PostgresError(
                     self.name,
                     "has no tables for this version, and this user may not make them: "

@@ -6,12 +6,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 
 from parallel_agents.testing import virtual_time
+
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
 
 pytest_plugins = ["pytester"]
 
@@ -45,6 +48,15 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     if request.param.startswith("trio"):
         pytest.importorskip("trio")
     return BACKENDS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> "Iterator[PostgresServer]":
+    """A PostgreSQL server, one for all tests."""
+    from postgres_server import postgres_server  # noqa: PLC0415 - one session of the checks runs without it
+
+    with postgres_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -60,10 +60,10 @@ class PostgresServer:
         secret = self._folder / "password"
         secret.write_text(PASSWORD)
         secret.chmod(0o644)
-        data = str(self._folder / "data")
+        wanted = f"--username={OWNER} --auth=scram-sha-256 --no-sync --no-instructions --encoding=UTF8 --locale=C"
+        files = [f"--pgdata={self._folder / 'data'}", f"--pwfile={secret}"]
         subprocess.run(
-            [self._programs / "initdb", "-D", data, "-U", OWNER, "-A", "scram-sha-256", "--pwfile", str(secret)]
-            + ["--no-sync", "--no-instructions", "-E", "UTF8", "--locale", "C"],
+            [str(self._programs / "initdb"), *wanted.split(), *files],
             user=self._user,
             cwd=self._folder,
             stdout=subprocess.DEVNULL,

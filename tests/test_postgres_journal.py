@@ -1,4 +1,5 @@
 """x"""
+
 from collections.abc import Iterator
 
 import pytest
@@ -6,6 +7,7 @@ from postgres_server import PostgresServer, postgres_server
 
 from parallel_agents.journals.postgres import PostgresJournal
 from parallel_agents.testing import JournalContract
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:

@@ -1,4 +1,5 @@
 """x"""
+
 from collections.abc import Iterator
 
 import pytest

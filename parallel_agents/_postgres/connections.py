@@ -41,6 +41,9 @@ _PASSES = (
 )
 
 
+FORBIDDEN: Final = errors.InsufficientPrivilege
+
+
 class PostgresError(ParallelAgentsError):
     """A database cannot be used, or not now.
 
@@ -135,7 +138,9 @@ class Connections:
         if is_lost or isinstance(error, _PASSES):
             return OutageError(self.database, f"does not answer: {_reason(error)}")
         if isinstance(error, errors.ForeignKeyViolation):
-            return SessionLostError(self.database, "has given to others what this worker held: it was not renewed in time")
+            return SessionLostError(
+                self.database, "has given to others what this worker held: it was not renewed in time"
+            )
         if isinstance(error, errors.InsufficientPrivilege):
             return PostgresError(self.database, f"forbids it: {_reason(error)}; grant the user what the docs list")
         return PostgresError(self.database, f"refuses it: {_reason(error)}")

@@ -183,7 +183,7 @@ class Keeper:
             self._listens_on = session.channel
         session.renew(connection)
         due = time.monotonic() + self._lease_seconds / RENEWALS
-        self._look_after(connection, session)
+        self._look_after(connection)
         while session is self._session and not self._is_closing and time.monotonic() < due:
             self._do_work(connection)
             waits = bool(self._waiting)
@@ -194,7 +194,7 @@ class Keeper:
                 self._tell(session, notification.payload)
             if waits and not told:
                 connection.execute("SELECT tend()")
-                self._look_after(connection, session)
+                self._look_after(connection)
 
     def _tell(self, session: Session, payload: str) -> None:
         name, _, token = payload.partition(" ")
@@ -204,7 +204,7 @@ class Keeper:
             session.take(name)
         self._bell.ring(name, token)
 
-    def _look_after(self, connection: Connection, session: Session) -> None:
+    def _look_after(self, connection: Connection) -> None:
         """Find out what became of those that wait, in case that a notification was lost."""
         if not self._waiting:
             return

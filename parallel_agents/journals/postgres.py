@@ -1,7 +1,7 @@
 """PostgresJournal: what agents did, in a database that many machines share.
 
-Whether a step may start and an attempt may end is decided in the database, each in one function. Knows tasks and threads
-through the store.
+Whether a step may start and an attempt may end is decided in the database, each in one function. Knows tasks and
+threads through the store.
 """
 
 import secrets
@@ -196,11 +196,11 @@ class PostgresJournal:
 
     def _start(self, connection: Connection, session: Session, name: str, step: Step) -> Entry | _Busy:
         self._write_spent(connection)
+        ids = step.group_id, step.task_id, step.agent_id
         row = connection.execute(
             "SELECT attempt, content, reason, input_tokens, output_tokens, requests, cost, busy_worker, busy_until"
             " FROM start(%s, %s, %s, %s, %s, %s, %s, %s)",
-            (name, session.id, self._token(step), *map(text, (step.execution, step.group_id, step.task_id)))
-            + (text(step.agent_id), step.fingerprint),
+            (name, session.id, self._ticket(step), *map(text, (step.execution, *ids, step.fingerprint))),
         ).fetchone()
         assert row is not None
         attempt, content, reason, *spent, busy_worker, busy_until = row
@@ -208,11 +208,12 @@ class PostgresJournal:
             return _Busy(busy_worker, busy_until)
         return Entry(attempt=attempt, content=content, reason=reason, spent=_usage(spent))
 
-    def _token(self, step: Step) -> int | None:
-        """Return the token of the agent's claims, if they are held in this very database."""
+    def _ticket(self, step: Step) -> int | None:
+        """Return what stands for the agent's claims, if they are held in this very database."""
         lease = step.lease
-        is_here = isinstance(lease, PostgresLease) and lease.database == self._store.opened.database
-        return lease.fencing_token if lease is not None and is_here else None
+        if isinstance(lease, PostgresLease) and lease.database == self._store.opened.database:
+            return lease.ticket
+        return None
 
     def _write_spent(self, connection: Connection) -> None:
         """Write what was spent since the last time; who starts something later waits for it."""

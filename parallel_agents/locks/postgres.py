@@ -38,12 +38,14 @@ class PostgresLease:
 
     Attributes:
         database: Tells which one, to a journal that may be in the same.
+        ticket: Stands for it there.
     """
 
     claims: tuple[ResourceClaim, ...]
     holder: str
     fencing_token: int
     database: str = field(repr=False)
+    ticket: int = field(repr=False)
     _name: str = field(repr=False)
     _session: Session = field(repr=False)
     _store: PostgresStore = field(repr=False)
@@ -103,6 +105,7 @@ class _Answer:
     """What the database says to somebody who enters: a token, or what is in the way, and whose it is."""
 
     session: Session
+    ticket: int
     token: int | None
     claim: int | None
     before: str | None
@@ -112,8 +115,8 @@ class PostgresResourceLock:
     """Both a ``ResourceLock`` and a ``ClaimLock`` for all machines that use the same database.
 
     What a worker holds is free when it gives it back, and when its session was not renewed for the length of a lease:
-    the process was killed, its machine is gone, or it stood still. Then its agents are cancelled, some time *before*
-    others can have what it held, if it lives; and a ``PostgresJournal`` in the same database refuses what they finish. A
+    the process was killed, its machine is gone, or it stood still. If it lives, its agents are cancelled, some time
+    *before* others can have what it held; a ``PostgresJournal`` in the same database refuses what they finish; and a
     store that is given ``current_run().lease.fencing_token`` can refuse what they write.
 
     Taking claims costs two transactions that only those wait for who want the same, however much is held.
@@ -286,9 +289,7 @@ class _OneByOne:
 class _Entry:
     """A place in the line, from where it is asked for until it is granted or left."""
 
-    def __init__(
-        self, store: PostgresStore, claims: tuple[ResourceClaim, ...], holder: str, *, waits: bool
-    ) -> None:
+    def __init__(self, store: PostgresStore, claims: tuple[ResourceClaim, ...], holder: str, *, waits: bool) -> None:
         self._store = store
         self._opened = store.opened
         self._claims = claims
@@ -303,7 +304,7 @@ class _Entry:
         noted = [(at, text(name), how) for at, claim in enumerate(self._claims) for name, how in notes(claim)]
         at, names, hows = ([note[column] for note in noted] for column in range(3))
         row = connection.execute(
-            "SELECT granted, claim, before FROM enter(%s, %s, %s, %s, %s::integer[], %s::text[], %s::smallint[])",
+            "SELECT ticket, granted, claim, before FROM enter(%s, %s, %s, %s, %s::integer[], %s::text[], %s::smallint[])",
             (self._name, session.id, text(self._holder), self._waits, at, names, hows),
         ).fetchone()
         assert row is not None
@@ -320,9 +321,15 @@ class _Entry:
     def lease(self, answer: _Answer) -> PostgresLease:
         """Return what was granted."""
         assert answer.token is not None
-        database = self._opened.database
         return PostgresLease(
-            self._claims, self._holder, answer.token, database, self._name, answer.session, self._store
+            self._claims,
+            self._holder,
+            answer.token,
+            self._opened.database,
+            answer.ticket,
+            self._name,
+            answer.session,
+            self._store,
         )
 
     async def abandon(self) -> None:

@@ -1,0 +1,410 @@
+-- Version 1. Whatever must hold at once is one function, called as one statement: the server ends it by itself, so that
+-- a client that stands still in the middle holds up nobody. Each statement of such a function sees what was committed
+-- before it (READ COMMITTED), and these rules keep it together:
+--
+-- - A ticket is entered under advisory locks on the resources that it touches, taken in order of their keys: of two that
+--   are in each other's way, the one with the smaller number was there first, and the other sees it.
+-- - A ticket that has to wait watches one that is before it, as in ClaimQueue. It locks that row FOR KEY SHARE, so that
+--   whoever deletes it comes later, and sees who waits. Tickets are waited for in this direction only.
+-- - A session that has expired is locked before it is deleted: a renewal or a commit is before that, or fails.
+
+CREATE TABLE meta (version integer NOT NULL, database text NOT NULL DEFAULT gen_random_uuid()::text);
+INSERT INTO meta (version) VALUES (0);
+
+CREATE TABLE sessions (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    worker text NOT NULL,
+    channel text NOT NULL,
+    expires timestamptz NOT NULL
+);
+
+CREATE SEQUENCE numbers;
+CREATE SEQUENCE tokens;
+CREATE TABLE tickets (
+    number bigint PRIMARY KEY,
+    name text NOT NULL UNIQUE,
+    session bigint NOT NULL REFERENCES sessions (id),
+    holder text NOT NULL,
+    token bigint,
+    waits_for bigint,
+    since timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX tickets_by_session ON tickets (session);
+CREATE INDEX tickets_by_holder ON tickets USING hash (holder);
+CREATE INDEX tickets_that_wait ON tickets (waits_for) WHERE waits_for IS NOT NULL;
+
+CREATE TABLE notes (
+    ticket bigint NOT NULL REFERENCES tickets (number) ON DELETE CASCADE,
+    claim integer NOT NULL,
+    resource text NOT NULL,
+    key bigint NOT NULL,
+    how smallint NOT NULL
+);
+CREATE INDEX notes_by_ticket ON notes (ticket);
+CREATE INDEX notes_by_key ON notes (key, how, ticket);
+
+CREATE TABLE executions (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL,
+    group_id text NOT NULL,
+    started timestamptz NOT NULL DEFAULT clock_timestamp(),
+    finished timestamptz
+);
+CREATE UNIQUE INDEX executions_by_name ON executions (md5(name));
+
+CREATE TABLE attempts (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL UNIQUE,
+    execution bigint NOT NULL REFERENCES executions (id),
+    step bigint NOT NULL,
+    group_id text NOT NULL,
+    task_id text NOT NULL,
+    agent_id text NOT NULL,
+    fingerprint text NOT NULL,
+    session bigint,
+    ticket bigint,
+    started timestamptz NOT NULL DEFAULT clock_timestamp(),
+    ended timestamptz,
+    status text NOT NULL DEFAULT 'started',
+    content text,
+    input_tokens bigint NOT NULL DEFAULT 0,
+    output_tokens bigint NOT NULL DEFAULT 0,
+    requests bigint NOT NULL DEFAULT 0,
+    cost double precision NOT NULL DEFAULT 0
+);
+CREATE INDEX attempts_by_step ON attempts (execution, step);
+
+-- How a ticket is noted at a resource, as in ClaimQueue: it claims the resource itself (0), shares it (1), claims
+-- something below it (2), shares something below it (3).
+CREATE FUNCTION not_beside(how smallint) RETURNS smallint[] LANGUAGE sql IMMUTABLE AS $$
+    SELECT (CASE how WHEN 0 THEN '{0,1,2,3}' WHEN 1 THEN '{0,2}' WHEN 2 THEN '{0,1}' ELSE '{0}' END)::smallint[]
+$$;
+
+-- The newest ticket that is in the way of one, and over which of its claims.
+CREATE FUNCTION newest_before(p_number bigint, OUT number bigint, OUT claim integer) LANGUAGE plpgsql AS $$
+BEGIN
+    SELECT found.ticket, mine.claim INTO number, claim
+    FROM tickets AS me
+    JOIN notes AS mine ON mine.ticket = me.number
+    CROSS JOIN LATERAL unnest(not_beside(mine.how)) AS other (how)
+    CROSS JOIN LATERAL (
+        SELECT theirs.ticket
+        FROM notes AS theirs JOIN tickets ON tickets.number = theirs.ticket
+        WHERE theirs.key = mine.key AND theirs.how = other.how AND theirs.resource = mine.resource
+            AND theirs.ticket < me.number AND tickets.holder <> me.holder
+        ORDER BY theirs.ticket DESC LIMIT 1
+    ) AS found
+    WHERE me.number = p_number
+    ORDER BY found.ticket DESC LIMIT 1;
+END $$;
+
+-- The oldest one.
+CREATE FUNCTION oldest_before(p_number bigint, OUT number bigint, OUT claim integer) LANGUAGE plpgsql AS $$
+BEGIN
+    SELECT found.ticket, mine.claim INTO number, claim
+    FROM tickets AS me
+    JOIN notes AS mine ON mine.ticket = me.number
+    CROSS JOIN LATERAL unnest(not_beside(mine.how)) AS other (how)
+    CROSS JOIN LATERAL (
+        SELECT theirs.ticket
+        FROM notes AS theirs JOIN tickets ON tickets.number = theirs.ticket
+        WHERE theirs.key = mine.key AND theirs.how = other.how AND theirs.resource = mine.resource
+            AND theirs.ticket < me.number AND tickets.holder <> me.holder
+        ORDER BY theirs.ticket ASC LIMIT 1
+    ) AS found
+    WHERE me.number = p_number
+    ORDER BY found.ticket ASC LIMIT 1;
+END $$;
+
+-- Grants a ticket if nothing before it is in its way; has it watch what is, otherwise.
+CREATE FUNCTION look(p_number bigint) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    v_before bigint;
+    v_locked bigint;
+    v_token bigint;
+BEGIN
+    LOOP
+        SELECT before.number INTO v_before FROM newest_before(p_number) AS before;
+        IF v_before IS NULL THEN
+            UPDATE tickets SET token = nextval('tokens'), waits_for = NULL, since = clock_timestamp()
+            WHERE number = p_number RETURNING token INTO v_token;
+            RETURN v_token;
+        ELSIF v_before = v_locked THEN
+            UPDATE tickets SET waits_for = v_before WHERE number = p_number;
+            RETURN NULL;
+        END IF;
+        PERFORM 1 FROM tickets WHERE number = v_before FOR KEY SHARE;
+        v_locked := v_before;
+    END LOOP;
+END $$;
+
+-- Looks again at those that watch such tickets, and tells those whose turn it is.
+CREATE FUNCTION look_behind(p_numbers bigint[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_ticket record;
+    v_token bigint;
+BEGIN
+    FOR v_ticket IN
+        SELECT tickets.number, tickets.name, sessions.channel
+        FROM tickets JOIN sessions ON sessions.id = tickets.session
+        WHERE waits_for = ANY (p_numbers) ORDER BY tickets.number FOR NO KEY UPDATE OF tickets
+    LOOP
+        v_token := look(v_ticket.number);
+        IF v_token IS NOT NULL THEN
+            PERFORM pg_notify(v_ticket.channel, v_ticket.name || ' ' || v_token);
+        END IF;
+    END LOOP;
+END $$;
+
+-- Removes tickets, and tells the sessions of those that had been granted.
+CREATE FUNCTION leave_all(p_numbers bigint[], p_tells boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM tickets WHERE number = ANY (p_numbers) ORDER BY number FOR UPDATE;
+    IF p_tells THEN
+        PERFORM pg_notify(channel, name || ' ') FROM tickets JOIN sessions ON sessions.id = tickets.session
+        WHERE number = ANY (p_numbers) AND token IS NOT NULL;
+    END IF;
+    DELETE FROM tickets WHERE number = ANY (p_numbers);
+    PERFORM look_behind(p_numbers);
+END $$;
+
+-- Takes over from the sessions that have expired.
+CREATE FUNCTION bury() RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_dead bigint[] := ARRAY(
+        SELECT id FROM sessions WHERE expires < clock_timestamp() ORDER BY id FOR UPDATE SKIP LOCKED
+    );
+BEGIN
+    IF v_dead <> '{}' THEN
+        PERFORM leave_all(ARRAY(SELECT number FROM tickets WHERE session = ANY (v_dead)), false);
+        DELETE FROM sessions WHERE id = ANY (v_dead);
+    END IF;
+END $$;
+
+CREATE FUNCTION enter(
+    p_name text, p_session bigint, p_holder text, p_waits boolean,
+    p_claims integer[], p_resources text[], p_hows smallint[],
+    OUT ticket bigint, OUT granted bigint, OUT claim integer, OUT before text
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    v_number bigint;
+    v_before bigint;
+    v_note record;
+BEGIN
+    SELECT number, token INTO v_number, granted FROM tickets WHERE name = p_name;
+    IF v_number IS NULL THEN -- otherwise the answer to this very call was lost
+        FOR v_note IN
+            SELECT hashtextextended(resource, 0) AS key, min(how) AS how
+            FROM unnest(p_resources, p_hows) AS note (resource, how) GROUP BY 1 ORDER BY 1
+        LOOP
+            IF v_note.how < 2 THEN
+                PERFORM pg_advisory_xact_lock(v_note.key);
+            ELSE -- two that are noted below a folder are never in each other's way there
+                PERFORM pg_advisory_xact_lock_shared(v_note.key);
+            END IF;
+        END LOOP;
+        v_number := nextval('numbers');
+        INSERT INTO tickets (number, name, session, holder) VALUES (v_number, p_name, p_session, p_holder);
+        INSERT INTO notes (ticket, claim, resource, key, how)
+        SELECT v_number, note.claim, note.resource, hashtextextended(note.resource, 0), note.how
+        FROM unnest(p_claims, p_resources, p_hows) AS note (claim, resource, how);
+        granted := look(v_number);
+        IF granted IS NULL THEN
+            PERFORM bury();
+            SELECT token INTO granted FROM tickets WHERE number = v_number;
+        END IF;
+    END IF;
+    IF granted IS NULL THEN
+        SELECT oldest.number, oldest.claim INTO v_before, claim FROM oldest_before(v_number) AS oldest;
+        SELECT holder INTO before FROM tickets WHERE number = v_before;
+        IF NOT p_waits THEN
+            DELETE FROM tickets WHERE number = v_number; -- nobody has seen it
+        END IF;
+    END IF;
+    ticket := v_number;
+END $$;
+
+CREATE FUNCTION leave(p_name text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM leave_all(ARRAY(SELECT number FROM tickets WHERE name = p_name), false);
+END $$;
+
+CREATE FUNCTION holds(p_resource text, p_holder text) RETURNS boolean LANGUAGE sql AS $$
+    SELECT EXISTS (
+        SELECT FROM notes JOIN tickets ON tickets.number = notes.ticket
+        WHERE notes.key = hashtextextended(p_resource, 0) AND notes.resource = p_resource AND notes.how < 2
+            AND tickets.holder = p_holder AND tickets.token IS NOT NULL
+    )
+$$;
+
+-- Who has a resource, given with the folders above it, or something that is in its way.
+CREATE FUNCTION holder_of(p_resources text[], p_hows smallint[]) RETURNS text LANGUAGE sql AS $$
+    SELECT tickets.holder
+    FROM unnest(p_resources, p_hows) AS mine (resource, how)
+    CROSS JOIN LATERAL unnest(not_beside(mine.how)) AS other (how)
+    JOIN notes AS theirs ON theirs.key = hashtextextended(mine.resource, 0) AND theirs.how = other.how
+        AND theirs.resource = mine.resource
+    JOIN tickets ON tickets.number = theirs.ticket
+    JOIN sessions ON sessions.id = tickets.session
+    WHERE tickets.token IS NOT NULL AND sessions.expires > clock_timestamp()
+    ORDER BY tickets.number LIMIT 1
+$$;
+
+-- Takes one resource from a holder; whether it had it.
+CREATE FUNCTION release(p_resource text, p_holder text) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    v_numbers bigint[] := ARRAY(
+        SELECT DISTINCT tickets.number
+        FROM notes JOIN tickets ON tickets.number = notes.ticket
+        WHERE notes.key = hashtextextended(p_resource, 0) AND notes.resource = p_resource AND notes.how < 2
+            AND tickets.holder = p_holder AND tickets.token IS NOT NULL
+    );
+BEGIN
+    PERFORM 1 FROM tickets WHERE number = ANY (v_numbers) ORDER BY number FOR UPDATE;
+    DELETE FROM notes AS gone
+    USING notes AS claimed
+    WHERE claimed.ticket = ANY (v_numbers) AND claimed.resource = p_resource AND claimed.how < 2
+        AND gone.ticket = claimed.ticket AND gone.claim = claimed.claim;
+    PERFORM leave_all(ARRAY(
+        SELECT number FROM tickets
+        WHERE number = ANY (v_numbers) AND NOT EXISTS (SELECT FROM notes WHERE ticket = number)
+    ), true);
+    PERFORM look_behind(v_numbers);
+    RETURN v_numbers <> '{}';
+END $$;
+
+-- Takes all from a holder, in whatever session it is; how many resources that were.
+CREATE FUNCTION release_all(p_holder text) RETURNS integer LANGUAGE plpgsql AS $$
+DECLARE
+    v_numbers bigint[] := ARRAY(SELECT number FROM tickets WHERE holder = p_holder AND token IS NOT NULL);
+    v_count integer;
+BEGIN
+    SELECT count(DISTINCT resource) INTO v_count FROM notes WHERE ticket = ANY (v_numbers) AND how < 2;
+    PERFORM leave_all(v_numbers, true);
+    RETURN v_count;
+END $$;
+
+-- The safety net under notifications.
+CREATE FUNCTION tend() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM bury();
+    PERFORM look_behind(ARRAY(
+        SELECT waits_for FROM tickets
+        WHERE waits_for IS NOT NULL
+            AND NOT EXISTS (SELECT FROM tickets AS before WHERE before.number = tickets.waits_for)
+    ));
+END $$;
+
+-- Starts a step, unless it is done or a session that is alive is at it.
+CREATE FUNCTION start(
+    p_name text, p_session bigint, p_ticket bigint,
+    p_execution text, p_group text, p_task text, p_agent text, p_fingerprint text,
+    OUT attempt bigint, OUT content text, OUT reason text,
+    OUT input_tokens bigint, OUT output_tokens bigint, OUT requests bigint, OUT cost double precision,
+    OUT busy_worker text, OUT busy_until double precision
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    v_step bigint := hashtextextended(p_group || chr(1) || p_task, 0);
+    v_execution bigint;
+    v_last record;
+    v_same record;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(p_execution, v_step));
+    PERFORM 1 FROM sessions WHERE id = p_session FOR KEY SHARE;
+    IF NOT FOUND THEN
+        RAISE foreign_key_violation USING MESSAGE = 'the session was taken over';
+    END IF;
+    INSERT INTO executions (name, group_id) VALUES (p_execution, p_group) ON CONFLICT ((md5(name))) DO NOTHING;
+    SELECT id INTO v_execution FROM executions WHERE md5(name) = md5(p_execution);
+
+    SELECT id, status, session INTO v_last FROM attempts
+    WHERE execution = v_execution AND step = v_step AND group_id = p_group AND task_id = p_task AND name <> p_name
+    ORDER BY id DESC LIMIT 1;
+    IF v_last.status = 'started' AND v_last.session <> p_session THEN
+        PERFORM bury();
+        SELECT worker, extract(epoch FROM expires) INTO busy_worker, busy_until
+        FROM sessions WHERE id = v_last.session;
+        IF FOUND THEN
+            RETURN;
+        END IF;
+    END IF;
+    PERFORM 1 FROM attempts WHERE id = v_last.id FOR UPDATE; -- an ending is before this, or comes too late
+
+    SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), coalesce(sum(requests), 0),
+        coalesce(sum(cost), 0)
+    INTO input_tokens, output_tokens, requests, cost
+    FROM attempts
+    WHERE execution = v_execution AND step = v_step AND group_id = p_group AND task_id = p_task AND name <> p_name;
+    SELECT status, content INTO v_same FROM attempts
+    WHERE execution = v_execution AND step = v_step AND group_id = p_group AND task_id = p_task AND name <> p_name
+        AND fingerprint = p_fingerprint
+    ORDER BY status NOT IN ('started', 'failed') DESC, id DESC LIMIT 1;
+    IF v_same.status NOT IN ('started', 'failed') THEN
+        content := v_same.content;
+        reason := 'recorded';
+        RETURN;
+    END IF;
+    reason := CASE
+        WHEN v_last.id IS NULL THEN NULL
+        WHEN v_same.status IS NULL THEN 'changed'
+        WHEN v_same.status = 'failed' THEN 'failed'
+        ELSE 'interrupted'
+    END;
+    SELECT id INTO attempt FROM attempts WHERE name = p_name; -- the answer to this very call was lost
+    IF attempt IS NULL THEN
+        INSERT INTO attempts (name, execution, step, group_id, task_id, agent_id, fingerprint, session, ticket)
+        VALUES (p_name, v_execution, v_step, p_group, p_task, p_agent, p_fingerprint, p_session, p_ticket)
+        RETURNING id INTO attempt;
+    END IF;
+END $$;
+
+CREATE FUNCTION spend(
+    p_attempts bigint[], p_input bigint[], p_output bigint[], p_requests bigint[], p_cost double precision[]
+) RETURNS void LANGUAGE sql AS $$
+    UPDATE attempts SET input_tokens = input_tokens + spent.i, output_tokens = output_tokens + spent.o,
+        requests = requests + spent.r, cost = cost + spent.c
+    FROM unnest(p_attempts, p_input, p_output, p_requests, p_cost) AS spent (attempt, i, o, r, c)
+    WHERE id = spent.attempt AND ended IS NULL
+$$;
+
+-- Ends an attempt, if it may still be ended; why not, otherwise. What was spent is kept in any case.
+CREATE FUNCTION finish_attempt(
+    p_attempt bigint, p_status text, p_content text,
+    p_input bigint, p_output bigint, p_requests bigint, p_cost double precision
+) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    v_attempt record;
+    v_refusal text;
+BEGIN
+    SELECT * INTO v_attempt FROM attempts WHERE id = p_attempt;
+    -- What is locked here is not taken over before this is committed.
+    PERFORM 1 FROM sessions WHERE id = v_attempt.session FOR KEY SHARE;
+    IF NOT FOUND THEN
+        v_refusal := 'its session was taken over, because it was not renewed in time';
+    ELSIF v_attempt.ticket IS NOT NULL THEN
+        PERFORM 1 FROM tickets WHERE number = v_attempt.ticket FOR KEY SHARE;
+        IF NOT FOUND THEN
+            v_refusal := 'its claims were taken over';
+        END IF;
+    END IF;
+    SELECT * INTO v_attempt FROM attempts WHERE id = p_attempt FOR UPDATE;
+    IF v_attempt.ended IS NOT NULL THEN -- the answer to this very call was lost
+        RETURN CASE WHEN (v_attempt.status, v_attempt.content) = (p_status, p_content) THEN NULL
+            ELSE v_attempt.content END;
+    END IF;
+    IF v_refusal IS NULL AND EXISTS (
+        SELECT FROM attempts
+        WHERE execution = v_attempt.execution AND step = v_attempt.step AND group_id = v_attempt.group_id
+            AND task_id = v_attempt.task_id AND id > p_attempt
+    ) THEN
+        v_refusal := 'it was started again since';
+    END IF;
+    UPDATE attempts SET ended = clock_timestamp(),
+        status = CASE WHEN v_refusal IS NULL THEN p_status ELSE 'failed' END,
+        content = CASE WHEN v_refusal IS NULL THEN p_content ELSE v_refusal END,
+        input_tokens = p_input, output_tokens = p_output, requests = p_requests, cost = p_cost
+    WHERE id = p_attempt;
+    RETURN v_refusal;
+END $$;
