@@ -84,13 +84,14 @@ class PostgresStore:
                 cannot be made by this user.
         """
         with self._guard:
-            if self._opened is None:
+            if self._opened is not None:
+                return
+            try:
                 self._opened = self._connections.run(self._prepared)
-                try:
-                    self._opened.keeper.session()
-                except BaseException:
-                    self.close()
-                    raise
+                self._opened.keeper.session()
+            except BaseException:
+                self.close()
+                raise
 
     async def open_in_thread(self) -> None:
         """Open it, unless it is open already."""

@@ -97,9 +97,14 @@ class PostgresServer:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Kill it as a crash does; its other processes notice that."""
+        """Kill all of it, as a crash does."""
         assert self._process is not None
+        pid = self._process.pid
+        workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         self._process.kill()
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
         self._process.wait()
 
     def stop(self) -> None:

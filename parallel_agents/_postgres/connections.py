@@ -81,7 +81,7 @@ class Connections:
             given = conninfo.conninfo_to_dict(url)
         except psycopg.Error:
             given = {}
-        if not given:  # what libpq says about it can hold a part of the password
+        if not given:  # outside the handler: what libpq says about it can hold a part of the password
             raise ValueError("url must be an address of PostgreSQL, such as postgresql://user@host:5432/database")
         self.database = _shown(given)
         options = " ".join(f"-c {name}={value}" for name, value in _KEPT.items())

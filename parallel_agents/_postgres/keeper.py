@@ -43,7 +43,7 @@ class Session:
 
     def __init__(self, connection: Connection, lease_seconds: float) -> None:
         self._lease_seconds = lease_seconds
-        self._taken: set[str] = set()
+        self._tickets: dict[str, bool] = {}
         self._was_taken_over = False
         self.channel = f"parallel_agents_{secrets.token_hex(8)}"
         self.good_until = time.monotonic() + GOOD_SHARE * lease_seconds
@@ -81,17 +81,27 @@ class Session:
         """Know that it was taken over."""
         self._was_taken_over = True
 
+    def keep(self, name: str) -> None:
+        """Take note of a ticket that was granted."""
+        self._tickets[name] = True
+
     def take(self, name: str) -> None:
-        """Know that a ticket of it was taken away."""
-        self._taken.add(name)
+        """Know that a ticket was taken away, if it is one that was noted."""
+        if name in self._tickets:
+            self._tickets[name] = False
 
     def has(self, name: str) -> bool:
-        """Whether a ticket of it is still good."""
-        return not self.is_lost and name not in self._taken
+        """Whether a ticket that was noted is still good."""
+        return not self.is_lost and self._tickets.get(name, False)
 
     def forget(self, name: str) -> None:
-        """Know nothing of a ticket any more."""
-        self._taken.discard(name)
+        """Know nothing of a ticket any more; may be repeated."""
+        self._tickets.pop(name, None)
+
+
+def lost(name: str) -> str:
+    """Return for what the bell is rung when a ticket was taken away."""
+    return f"lost {name}"
 
 
 class Keeper:
@@ -193,16 +203,17 @@ class Keeper:
             for notification in told:
                 self._tell(session, notification.payload)
             if waits and not told:
-                connection.execute("SELECT tend()")
+                connection.execute("CALL tend()")
                 self._look_after(connection)
 
     def _tell(self, session: Session, payload: str) -> None:
         name, _, token = payload.partition(" ")
         if token:
             self._waiting.discard(name)
+            self._bell.ring(name, token)
         else:
             session.take(name)
-        self._bell.ring(name, token)
+            self._bell.ring(lost(name), "")
 
     def _look_after(self, connection: Connection) -> None:
         """Find out what became of those that wait, in case that a notification was lost."""
@@ -229,7 +240,7 @@ class Keeper:
         self._do_work(connection)
         if self._session is not None:
             connection.execute("UPDATE sessions SET expires = '-infinity' WHERE id = %s", (self._session.id,))
-            connection.execute("SELECT bury()")
+            connection.execute("CALL tend()")
 
     def _wait(self, connection: Connection | None, seconds: float) -> None:
         """Wait until somebody wants something, a notification comes, or the time is over."""

@@ -1,11 +1,13 @@
--- Version 1. Whatever must hold at once is one function, called as one statement: the server ends it by itself, so that
--- a client that stands still in the middle holds up nobody. Each statement of such a function sees what was committed
--- before it (READ COMMITTED), and these rules keep it together:
+-- Version 1. Whatever belongs together is one function or procedure, called as one statement: the server ends it by
+-- itself, so that a client that stands still in the middle holds up nobody. Each statement in it sees what was committed
+-- before (READ COMMITTED), and these rules keep it together:
 --
 -- - A ticket is entered under advisory locks on the resources that it touches, taken in order of their keys: of two that
 --   are in each other's way, the one with the smaller number was there first, and the other sees it.
 -- - A ticket that has to wait watches one that is before it, as in ClaimQueue. It locks that row FOR KEY SHARE, so that
---   whoever deletes it comes later, and sees who waits. Tickets are waited for in this direction only.
+--   whoever deletes it comes later, and sees who waits.
+-- - Tickets are deleted in one transaction and those behind them looked at in the next: who looks may wait for those who
+--   delete, and not the other way round. What a crash leaves between the two is found by tend().
 -- - A session that has expired is locked before it is deleted: a renewal or a commit is before that, or fails.
 
 CREATE TABLE meta (version integer NOT NULL, database text NOT NULL DEFAULT gen_random_uuid()::text);
@@ -156,19 +158,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- Removes tickets, and tells the sessions of those that had been granted.
-CREATE FUNCTION leave_all(p_numbers bigint[], p_tells boolean) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM 1 FROM tickets WHERE number = ANY (p_numbers) ORDER BY number FOR UPDATE;
-    IF p_tells THEN
-        PERFORM pg_notify(channel, name || ' ') FROM tickets JOIN sessions ON sessions.id = tickets.session
-        WHERE number = ANY (p_numbers) AND token IS NOT NULL;
-    END IF;
-    DELETE FROM tickets WHERE number = ANY (p_numbers);
-    PERFORM look_behind(p_numbers);
-END $$;
-
--- Takes over from the sessions that have expired.
+-- Deletes sessions that have expired, with all that they held: others may have it now.
 CREATE FUNCTION bury() RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_dead bigint[] := ARRAY(
@@ -176,15 +166,28 @@ DECLARE
     );
 BEGIN
     IF v_dead <> '{}' THEN
-        PERFORM leave_all(ARRAY(SELECT number FROM tickets WHERE session = ANY (v_dead)), false);
+        PERFORM 1 FROM tickets WHERE session = ANY (v_dead) ORDER BY number FOR UPDATE;
+        DELETE FROM tickets WHERE session = ANY (v_dead);
         DELETE FROM sessions WHERE id = ANY (v_dead);
     END IF;
+END $$;
+
+-- Takes over from the dead; and the safety net under notifications.
+CREATE PROCEDURE tend() LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM bury();
+    COMMIT;
+    PERFORM look_behind(ARRAY(
+        SELECT waits_for FROM tickets
+        WHERE waits_for IS NOT NULL
+            AND NOT EXISTS (SELECT FROM tickets AS before WHERE before.number = tickets.waits_for)
+    ));
 END $$;
 
 CREATE FUNCTION enter(
     p_name text, p_session bigint, p_holder text, p_waits boolean,
     p_claims integer[], p_resources text[], p_hows smallint[],
-    OUT ticket bigint, OUT granted bigint, OUT claim integer, OUT before text
+    OUT ticket bigint, OUT granted bigint, OUT claim integer, OUT before text, OUT some_expired boolean
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -210,14 +213,11 @@ BEGIN
         SELECT v_number, note.claim, note.resource, hashtextextended(note.resource, 0), note.how
         FROM unnest(p_claims, p_resources, p_hows) AS note (claim, resource, how);
         granted := look(v_number);
-        IF granted IS NULL THEN
-            PERFORM bury();
-            SELECT token INTO granted FROM tickets WHERE number = v_number;
-        END IF;
     END IF;
     IF granted IS NULL THEN
         SELECT oldest.number, oldest.claim INTO v_before, claim FROM oldest_before(v_number) AS oldest;
         SELECT holder INTO before FROM tickets WHERE number = v_before;
+        some_expired := EXISTS (SELECT FROM sessions WHERE expires < clock_timestamp());
         IF NOT p_waits THEN
             DELETE FROM tickets WHERE number = v_number; -- nobody has seen it
         END IF;
@@ -225,9 +225,13 @@ BEGIN
     ticket := v_number;
 END $$;
 
-CREATE FUNCTION leave(p_name text) RETURNS void LANGUAGE plpgsql AS $$
+CREATE PROCEDURE leave(p_name text) LANGUAGE plpgsql AS $$
+DECLARE
+    v_number bigint;
 BEGIN
-    PERFORM leave_all(ARRAY(SELECT number FROM tickets WHERE name = p_name), false);
+    DELETE FROM tickets WHERE name = p_name RETURNING number INTO v_number;
+    COMMIT;
+    PERFORM look_behind(ARRAY[v_number]);
 END $$;
 
 CREATE FUNCTION holds(p_resource text, p_holder text) RETURNS boolean LANGUAGE sql AS $$
@@ -251,8 +255,14 @@ CREATE FUNCTION holder_of(p_resources text[], p_hows smallint[]) RETURNS text LA
     ORDER BY tickets.number LIMIT 1
 $$;
 
+-- Tells the session of a ticket that it was taken away.
+CREATE FUNCTION tell_taken(p_numbers bigint[]) RETURNS void LANGUAGE sql AS $$
+    SELECT pg_notify(channel, name || ' ') FROM tickets JOIN sessions ON sessions.id = tickets.session
+    WHERE number = ANY (p_numbers)
+$$;
+
 -- Takes one resource from a holder; whether it had it.
-CREATE FUNCTION release(p_resource text, p_holder text) RETURNS boolean LANGUAGE plpgsql AS $$
+CREATE PROCEDURE release(p_resource text, p_holder text, INOUT p_had boolean) LANGUAGE plpgsql AS $$
 DECLARE
     v_numbers bigint[] := ARRAY(
         SELECT DISTINCT tickets.number
@@ -260,40 +270,35 @@ DECLARE
         WHERE notes.key = hashtextextended(p_resource, 0) AND notes.resource = p_resource AND notes.how < 2
             AND tickets.holder = p_holder AND tickets.token IS NOT NULL
     );
+    v_empty bigint[];
 BEGIN
     PERFORM 1 FROM tickets WHERE number = ANY (v_numbers) ORDER BY number FOR UPDATE;
     DELETE FROM notes AS gone
     USING notes AS claimed
     WHERE claimed.ticket = ANY (v_numbers) AND claimed.resource = p_resource AND claimed.how < 2
         AND gone.ticket = claimed.ticket AND gone.claim = claimed.claim;
-    PERFORM leave_all(ARRAY(
+    v_empty := ARRAY(
         SELECT number FROM tickets
         WHERE number = ANY (v_numbers) AND NOT EXISTS (SELECT FROM notes WHERE ticket = number)
-    ), true);
+    );
+    PERFORM tell_taken(v_empty);
+    DELETE FROM tickets WHERE number = ANY (v_empty);
+    COMMIT;
     PERFORM look_behind(v_numbers);
-    RETURN v_numbers <> '{}';
+    p_had := v_numbers <> '{}';
 END $$;
 
 -- Takes all from a holder, in whatever session it is; how many resources that were.
-CREATE FUNCTION release_all(p_holder text) RETURNS integer LANGUAGE plpgsql AS $$
+CREATE PROCEDURE release_all(p_holder text, INOUT p_count integer) LANGUAGE plpgsql AS $$
 DECLARE
     v_numbers bigint[] := ARRAY(SELECT number FROM tickets WHERE holder = p_holder AND token IS NOT NULL);
-    v_count integer;
 BEGIN
-    SELECT count(DISTINCT resource) INTO v_count FROM notes WHERE ticket = ANY (v_numbers) AND how < 2;
-    PERFORM leave_all(v_numbers, true);
-    RETURN v_count;
-END $$;
-
--- The safety net under notifications.
-CREATE FUNCTION tend() RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM bury();
-    PERFORM look_behind(ARRAY(
-        SELECT waits_for FROM tickets
-        WHERE waits_for IS NOT NULL
-            AND NOT EXISTS (SELECT FROM tickets AS before WHERE before.number = tickets.waits_for)
-    ));
+    SELECT count(DISTINCT resource) INTO p_count FROM notes WHERE ticket = ANY (v_numbers) AND how < 2;
+    PERFORM 1 FROM tickets WHERE number = ANY (v_numbers) ORDER BY number FOR UPDATE;
+    PERFORM tell_taken(v_numbers);
+    DELETE FROM tickets WHERE number = ANY (v_numbers);
+    COMMIT;
+    PERFORM look_behind(v_numbers);
 END $$;
 
 -- Starts a step, unless it is done or a session that is alive is at it.

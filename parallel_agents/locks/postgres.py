@@ -18,7 +18,7 @@ from .._claim_queue import AT_SHARED, ClaimQueue, Ticket, notes
 from .._claims import ClaimMode, ResourceClaim
 from .._errors import ResourceConflictError
 from .._postgres.connections import Connection, PostgresError, text
-from .._postgres.keeper import Session
+from .._postgres.keeper import Session, lost
 from ..events import PARALLEL_LOCK_ACQUIRED, PARALLEL_LOCK_CONFLICT, PARALLEL_LOCK_RELEASED, write_log
 from ..postgres import PostgresStore
 from .memory import HeldResource, LockStatistics, WaitingHolder
@@ -75,11 +75,8 @@ class TakenOver:
         self._name = name
         self._is_released = False
         self._was_set = False
-        self._bell.expect(self._call)
-
-    @property
-    def _call(self) -> str:
-        return f"lost {self._name}"
+        self._bell.expect(lost(name))
+        self._session.keep(name)
 
     def is_set(self) -> bool:
         """Whether they may."""
@@ -91,12 +88,12 @@ class TakenOver:
             if self._is_released:
                 await anyio.sleep_forever()
             with anyio.move_on_after(max(0.0, self._session.good_until - time.monotonic())):
-                await self._bell.wait(self._call)
+                await self._bell.wait(lost(self._name))
 
     def forget(self) -> None:
         """Stay as it is from now on, because the lease is given back; may be repeated."""
         self._was_set, self._is_released = self.is_set(), True
-        self._bell.forget(self._call)
+        self._bell.forget(lost(self._name))
         self._session.forget(self._name)
 
 
@@ -155,15 +152,16 @@ class PostgresResourceLock:
         if await self._store.run(lambda c, _: _value(c, "SELECT holds(%s, %s)", text(resource), text(holder))):
             return True
         try:
-            await self.acquire_claims(claims, holder, timeout_seconds=0)
+            lease = await self.acquire_claims(claims, holder, timeout_seconds=0)
         except ResourceConflictError:
             return False
+        lease.lost.forget()
         return True
 
     async def release(self, resource: str, holder: str) -> None:
         """Give a resource back; a checkpoint. See ``ResourceLock.release()``."""
         (claim,) = _checked((ResourceClaim(resource=resource),), holder)
-        if await self._store.run(lambda c, _: _value(c, "SELECT release(%s, %s)", text(resource), text(holder))):
+        if await self._store.run(lambda c, _: _value(c, "CALL release(%s, %s, NULL)", text(resource), text(holder))):
             write_log(PARALLEL_LOCK_RELEASED, resource=resource, holder=holder)
             return
         current = await self._store.run(lambda c, _: _holder_of(c, claim))
@@ -173,7 +171,7 @@ class PostgresResourceLock:
     async def release_all(self, holder: str) -> int:
         """Give back all that *holder* has, on whatever machine it is; a checkpoint."""
         _checked((), holder)
-        count: int = await self._store.run(lambda c, _: _value(c, "SELECT release_all(%s)", text(holder)))
+        count: int = await self._store.run(lambda c, _: _value(c, "CALL release_all(%s, NULL)", text(holder)))
         return count
 
     def is_locked(self, resource: str) -> bool:
@@ -301,16 +299,26 @@ class _Entry:
 
     def enter(self, connection: Connection, session: Session) -> _Answer:
         """Ask for it; runs in a thread."""
+        answer, some_expired = self._ask(connection, session)
+        if some_expired:  # perhaps what is in the way, and then no notification comes until somebody looks
+            connection.execute("CALL tend()")
+            if not self._waits:
+                answer, _ = self._ask(connection, session)
+        if self._is_abandoned:  # a native cancellation does not wait for this thread
+            _leave(connection, self._name)
+        return answer
+
+    def _ask(self, connection: Connection, session: Session) -> tuple[_Answer, bool | None]:
         noted = [(at, text(name), how) for at, claim in enumerate(self._claims) for name, how in notes(claim)]
         at, names, hows = ([note[column] for note in noted] for column in range(3))
         row = connection.execute(
-            "SELECT ticket, granted, claim, before FROM enter(%s, %s, %s, %s, %s::integer[], %s::text[], %s::smallint[])",
+            "SELECT ticket, granted, claim, before, some_expired"
+            " FROM enter(%s, %s, %s, %s, %s::integer[], %s::text[], %s::smallint[])",
             (self._name, session.id, text(self._holder), self._waits, at, names, hows),
         ).fetchone()
         assert row is not None
-        if self._is_abandoned:  # a native cancellation does not wait for this thread
-            _leave(connection, self._name)
-        return _Answer(session, *row)
+        *answer, some_expired = row
+        return _Answer(session, *answer), some_expired
 
     async def turn(self) -> int | None:
         """Wait for one's turn; return the token, or None if the place in the line was lost."""
@@ -352,7 +360,7 @@ async def _leave_soon(store: PostgresStore, name: str, patience_seconds: float) 
 
 
 def _leave(connection: Connection, name: str) -> None:
-    connection.execute("SELECT leave(%s)", (name,))
+    connection.execute("CALL leave(%s)", (name,))
 
 
 def _value(connection: Connection, query: LiteralString, *arguments: object) -> Any:
