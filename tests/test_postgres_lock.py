@@ -292,7 +292,7 @@ def test_an_address_never_shows_its_password(postgres: PostgresServer) -> None:
     url = postgres.url("postgres")
     lock = PostgresResourceLock(url)
     assert repr(lock) == f"PostgresResourceLock('postgresql://owner@127.0.0.1:{postgres.port}/postgres')"
-    for wrong in (f"postgresql://u:{PASSWORD}@h", "postgresql://u:geheim@h:port/x", "", "mysql://u:geheim@h"):
+    for wrong in (f"postgresql://u:{PASSWORD}@h", "postgresql://u:x@geheim/geheim@h", "", "mysql://u:geheim@h"):
         with pytest.raises(ValueError, match="postgresql://user@host") as caught:
             PostgresStore(wrong)
         told = "".join(traceback.format_exception(caught.value))

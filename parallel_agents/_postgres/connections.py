@@ -83,6 +83,8 @@ class Connections:
             given = {}
         if not given:  # outside the handler: what libpq says about it can hold a part of the password
             raise ValueError("url must be an address of PostgreSQL, such as postgresql://user@host:5432/database")
+        if "@" in f"{given.get('host')}{given.get('dbname')}":  # a part of a password, which would be shown
+            raise ValueError("url must be like postgresql://user@host:5432/database, with @ in a password as %40")
         self.database = _shown(given)
         options = " ".join(f"-c {name}={value}" for name, value in _KEPT.items())
         self._conninfo = conninfo.make_conninfo(
