@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -44,7 +44,8 @@ def programs() -> Path:
 class PostgresServer:
     """A server that can be killed and started again on the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+        self._settings = settings
         self._programs = programs()
         self._folder = folder
         self._user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
@@ -72,7 +73,7 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        settings = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        settings = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
         end = time.monotonic() + SECONDS
         port = self.port
         while True:
@@ -130,10 +131,10 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
-    """Give a running server, and leave nothing of it."""
+def postgres_server(**settings: str) -> Iterator[PostgresServer]:
+    """Give a running server with some settings of its own, and leave nothing of it."""
     with tempfile.TemporaryDirectory(prefix="parallel-agents-postgres-") as folder:
-        server = PostgresServer(Path(folder))
+        server = PostgresServer(Path(folder), {**SETTINGS, **settings})
         server.make()
         server.start()
         try:

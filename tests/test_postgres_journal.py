@@ -16,6 +16,7 @@ import pytest
 from groups import assignment, group_of
 from postgres_server import PostgresServer
 from postgres_worker import Worker
+from programs import ROOT
 
 from parallel_agents import (
     AgentAssignment,
@@ -427,3 +428,31 @@ def test_a_user_who_may_not_make_tables_is_told_who_may(postgres: PostgresServer
     with pytest.raises(PostgresError, match=r"forbids it: permission denied .*grant the user what the docs list"):
         PostgresStore(postgres.url("postgres", "nobody", "x")).open()
     postgres.execute("DROP ROLE nobody")
+
+
+@pytest.mark.anyio
+async def test_the_user_of_the_docs_may_do_all_that_is_needed(postgres: PostgresServer) -> None:
+    with PostgresStore(postgres.empty()):
+        pass
+    page = (ROOT / "docs" / "howto" / "many-machines.md").read_text("utf-8")
+    (statements,) = re.findall(r"^```sql\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    postgres.execute(statements)
+    postgres.execute("ALTER ROLE agents PASSWORD 'x'")
+    try:
+        url = postgres.url("postgres", "agents", "x")
+        with PostgresStore(PostgresStore(url).name.replace("//agents", "//agents:x")) as store:
+            lock, journal = PostgresResourceLock(store), PostgresJournal(store)
+            lease = await lock.acquire_claims([ResourceClaim(resource="r")], "here")
+            first = await journal.start(step(lease=lease))
+            journal.spend(attempt_of(first), Usage(cost=1.0))
+            journal.let_go(attempt_of(first))
+            attempt = attempt_of(await journal.start(step(lease=lease)))
+            await journal.end(attempt, succeeded())
+            assert await lock.acquire("s", "here")
+            await lock.release("s", "here")
+            await lease.release()
+            assert await lock.release_all("here") == 0
+            await anyio.to_thread.run_sync(journal.finish, "run")
+            assert len(journal.read()[0].attempts) == 2
+    finally:
+        postgres.execute("DROP OWNED BY agents; DROP ROLE agents")

@@ -26,5 +26,5 @@ def migrate(connection: Connection) -> None:
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('parallel_agents.meta', 0))")
         connection.execute("CREATE SCHEMA IF NOT EXISTS parallel_agents")
         for version in range(version_of(connection) + 1, VERSION + 1):
-            connection.execute(files(__package__).joinpath(f"version-{version}.sql").read_bytes())
+            connection.execute(files("parallel_agents._postgres").joinpath(f"version-{version}.sql").read_bytes())
             connection.execute("UPDATE meta SET version = %s", (version,))
