@@ -32,11 +32,17 @@ RUN_AS = ["console", "python", *(f"{{{name}}}" for name in DIRECTIVES)]
 PAGES_WITH_PLANS = ["docs/howto/plans.md", "docs/howto/worktrees.md"]
 """Pages with blocks of TOML; each has its test below."""
 
-PAGES_WITH_TEXT = ["benchmarks/README.md", "docs/design.md", "docs/howto/ray.md", "docs/howto/testing.md"]
+PAGES_WITH_TEXT = [
+    "benchmarks/README.md",
+    "docs/design.md",
+    "docs/howto/ray.md",
+    "docs/howto/temporal.md",
+    "docs/howto/testing.md",
+]
 """Pages with blocks of plain text: figures, a drawing, and what a test says, which has its test below."""
 
 
-PAGES_FOR_A_CLUSTER = ["docs/howto/ray.md"]
+PAGES_FOR_A_CLUSTER = ["docs/howto/ray.md", "docs/howto/temporal.md", "docs/howto/temporal.md"]
 """Pages whose programs are run where their cluster is."""
 
 
