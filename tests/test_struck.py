@@ -102,7 +102,7 @@ class StruckOnGivingBack(InMemoryResourceLock):
         super().__init__()
         self.errors = [error]
 
-    def _give_back(self, lease: MemoryLease, claims: Sequence[ResourceClaim]) -> None:
+    def _give_back(self, lease: MemoryLease, claims: tuple[ResourceClaim, ...]) -> None:
         if not self.errors:
             super()._give_back(lease, claims)
         else:
