@@ -745,7 +745,7 @@ class GroupRun(Generic[T]):
 
     def _give_up(self, position: int, outcome: AgentOutcome[T]) -> bool:
         """Give an assignment that has not started its outcome; return whether it was one."""
-        if not self._admission.withdraw(position):
+        if self._has_outcome(position) or not self._admission.withdraw(position):
             return False
         if (scope := self._claiming.get(position)) is not None:
             scope.cancel()  # who takes the claims gives them back

@@ -360,6 +360,21 @@ async def test_after_enough_successes_the_rest_is_cancelled_or_skipped() -> None
     assert result.outcomes[4].error == "Skipped: enough agents succeeded"
 
 
+@pytest.mark.proves("X1", "P1")
+async def test_what_was_skipped_at_the_end_of_a_group_cannot_be_cancelled_any_more() -> None:
+    async def agent(of: AgentAssignment) -> None:
+        await wait_all_tasks_blocked()
+
+    with anyio.fail_after(5):
+        group = graph({"a": "", "b": "a"}, stop_after_successes=1)
+        async with ParallelExecutor(engine=agent).open_group(group) as run:
+            ended = [outcome.task_id async for outcome in run]
+            assert not run.cancel_task("b")
+            assert run.progress.completed == 2
+    assert ended == ["a", "b"]
+    assert statuses(run.result) == [SUCCEEDED, SKIPPED]
+
+
 @pytest.mark.proves("X14")
 async def test_enough_successes_cancel_what_runs_although_the_budget_is_spent() -> None:
     async def agent(of: AgentAssignment) -> None:

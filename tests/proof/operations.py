@@ -41,6 +41,7 @@ from parallel_agents import (
     Usage,
 )
 from parallel_agents._run import GroupRun
+from parallel_agents._stream import StreamRun
 from parallel_agents.engines import AgentEngine
 from parallel_agents.engines.fallback import FallbackEngine
 from parallel_agents.engines.journal import JournaledEngine
@@ -137,12 +138,14 @@ class TakesAStream(Operation):
         self.lock = InMemoryResourceLock()
         self.taken: list[str] = []
         self.source = Source(self.scenario.group().assignments)
+        self.streams: list[StreamRun[Any]] = []
 
     async def prepare(self) -> None:
         self.executor = self.scenario.executor(self.lock)
 
     async def run(self) -> None:
         async with self.executor.open_stream(self.source, group_id="s", max_concurrency=2) as outcomes:
+            self.streams.append(outcomes)
             async for outcome in outcomes:
                 self.taken.append(outcome.task_id)
 
@@ -157,6 +160,7 @@ class TakesAStream(Operation):
         assert not self.scenario.touched_after_the_end
         assert self.scenario.peak <= 2
         assert len(set(self.taken)) == len(self.taken)
+        assert not any(stream._claims._claimed for stream in self.streams), "what ended is remembered"
         check_events(self.scenario.events)
 
     async def use_again(self) -> None:

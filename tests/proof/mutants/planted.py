@@ -56,7 +56,7 @@ SUITES: Mapping[str, Sequence[str]] = {
 PLANTED = (
     # Which assignment may start
     Mutant("_admission.py", "self._running >= self.limit", "self._running > self.limit", "one too many runs"),
-    Mutant("_admission.py", "heappop(self._returned) if", "self._returned.pop() if", "the last one goes first"),
+    Mutant("_admission.py", "heappop(self._returned)", "self._returned.pop()", "the last one goes first"),
     Mutant("_admission.py", "if self._tickets:", "if not self._tickets:", "claims inside the group stay taken"),
     Mutant("_admission.py", "self._unmet[dependent] -= 1", "self._unmet[dependent] = 0", "one success is enough"),
     Mutant("_admission.py", "self._unmet[position] = -1", "self._unmet[position] = 1", "what was given up starts"),
@@ -112,8 +112,8 @@ PLANTED = (
     Mutant("locks/memory.py", "self._last_token += 1", "self._last_token += 0", "all leases have one token"),
     Mutant(
         "locks/memory.py",
-        "timeout_seconds is None or timeout_seconds > 0",
-        "timeout_seconds is None",
+        "timeout_seconds is not None and timeout_seconds <= 0",
+        "timeout_seconds is not None",
         "who has a time limit does not wait",
     ),
     Mutant("locks/memory.py", "waiter.granted.set()", "pass", "who was granted its claims is not told"),
@@ -170,7 +170,12 @@ PLANTED = (
         "if False:  # dismissed",
         "an agent runs in a cancelled scope, and is taken for the caller's cancellation",
     ),
-    Mutant("_run.py", "self._workers - self._claiming_in_vain", "self._workers", "who waits for claims takes a place"),
+    Mutant(
+        "_run.py",
+        "return self._workers - self._claiming_in_vain >=",
+        "return self._workers >=",
+        "who waits for claims takes a place",
+    ),
     Mutant("_run.py", "self._running.clear()", "pass", "an agent that was struck runs for ever"),
     Mutant("_run.py", "if raised is not None:", "if False:", "what the block raised is swallowed"),
     Mutant(
