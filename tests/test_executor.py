@@ -3,6 +3,7 @@
 import gc
 import threading
 from contextvars import ContextVar, copy_context
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -439,6 +440,9 @@ async def test_a_worker_that_is_given_a_slot_when_nothing_is_left_gives_it_back(
 
         def release_on_behalf_of(self, borrower: object) -> None:
             self.taken.remove(borrower)
+
+        def statistics(self) -> Any:
+            return SimpleNamespace(borrowers=tuple(self.taken))
 
     limiter: Any = Stubborn()
 
