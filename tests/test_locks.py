@@ -157,6 +157,7 @@ async def test_one_holder_may_have_several_leases_and_give_each_back() -> None:
     assert await lock.acquire("b", "two")
 
 
+@pytest.mark.anyio
 async def test_shared_holders_go_together_and_do_not_starve_an_exclusive_one() -> None:
     lock = InMemoryResourceLock()
     order: list[str] = []
