@@ -10,11 +10,21 @@ import time
 from pathlib import Path
 from typing import Self
 
+import anyio
+import anyio.to_thread
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from parallel_agents.engines.temporal import TemporalEngine
+from parallel_agents.testing.remote import SECONDS
+
 PRAGMAS = ["--sqlite-pragma", "synchronous=OFF"]
 """A step of a workflow takes several commits, each of which waits for the disk, 150 ms in all."""
+ADDRESS = "PARALLEL_AGENTS_TEMPORAL_ADDRESS"
+"""The environment variable that tells drivers where the server is."""
+QUEUE = "PARALLEL_AGENTS_TASK_QUEUE"
+"""The environment variable that tells drivers where the agents' workers listen."""
+HEARTBEAT_TIMEOUT_SECONDS = 3.0
 SECONDS_TO_START = 60.0
 SECONDS_TO_END = 60.0
 
@@ -150,6 +160,19 @@ class TemporalWorker:
 def connect(address: str) -> Client:
     """Return a client, which is good in every event loop, outside of one."""
     return asyncio.run(Client.connect(address))
+
+
+async def make_engine(execution: str, *, cancel_seconds: float = SECONDS) -> TemporalEngine:
+    """Return an engine, in this process or in another that the tests start."""
+    client = await anyio.to_thread.run_sync(connect, os.environ[ADDRESS])
+    return TemporalEngine(
+        client,
+        os.environ[QUEUE],
+        execution=execution,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+        progress_seconds=0.5,
+        cancel_seconds=cancel_seconds,
+    )
 
 
 def free_port() -> int:

@@ -15,7 +15,16 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from temporal_server import TemporalServer, TemporalWorker, connect, free_port
+from temporal_server import (
+    ADDRESS,
+    HEARTBEAT_TIMEOUT_SECONDS,
+    QUEUE,
+    TemporalServer,
+    TemporalWorker,
+    connect,
+    free_port,
+    make_engine,
+)
 from temporalio.client import Client, WorkflowFailureError
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -44,9 +53,6 @@ from parallel_agents.testing.remote_agents import Diary, assignment
 
 AGENT = "parallel_agents.testing.remote_agents:agent"
 AGENTS = "temporal_agents:agent"
-ADDRESS = "PARALLEL_AGENTS_TEMPORAL_ADDRESS"
-QUEUE = "PARALLEL_AGENTS_TASK_QUEUE"
-HEARTBEAT_TIMEOUT_SECONDS = 3.0
 
 
 @pytest.fixture(scope="session")
@@ -63,19 +69,6 @@ def worker(server: TemporalServer) -> Iterator[TemporalWorker]:
         os.environ[QUEUE] = worker.task_queue
         yield worker
         del os.environ[QUEUE]
-
-
-async def make_engine(execution: str, *, cancel_seconds: float = SECONDS) -> TemporalEngine:
-    """Return an engine, in this process or in another that the tests start."""
-    client = await anyio.to_thread.run_sync(connect, os.environ[ADDRESS])
-    return TemporalEngine(
-        client,
-        os.environ[QUEUE],
-        execution=execution,
-        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-        progress_seconds=0.5,
-        cancel_seconds=cancel_seconds,
-    )
 
 
 @pytest.fixture(scope="session")
