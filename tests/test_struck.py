@@ -12,13 +12,16 @@ from groups import group_of
 
 from parallel_agents import (
     AgentAssignment,
+    AgentIdentity,
     ClaimMode,
     InMemoryResourceLock,
     OutcomeStatus,
     ParallelExecutionError,
+    ParallelExecutionGroup,
     ParallelExecutor,
     ResourceClaim,
     ShutdownManager,
+    Task,
 )
 from parallel_agents._claim_queue import ClaimQueue
 from parallel_agents._run import GroupRun
@@ -137,6 +140,24 @@ async def test_a_group_that_is_struck_on_the_way_in_has_its_outcomes_and_no_lock
         await ParallelExecutor(engine=nothing, resource_lock=lock, shutdown_manager=manager).execute_group(group)
     assert {outcome.status for outcome in manager.run.result.outcomes} == {OutcomeStatus.CANCELLED}
     assert lock.statistics().held == ()
+
+
+@pytest.mark.proves("X1", "P1", "P2")
+async def test_an_agent_that_is_struck_before_its_engine_runs_is_not_counted_as_running(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def struck(_run: object, _assignment: object) -> None:
+        raise StruckError
+
+    monkeypatch.setattr(GroupRun, "_upstream_of", struck)
+    tasks = [Task(id="first"), Task(id="second", depends_on=("first",))]
+    group = ParallelExecutionGroup.map("g", AgentIdentity(id="a"), tasks)
+    runs: list[GroupRun[Any]] = []
+    with anyio.fail_after(5), pytest.raises(BaseExceptionGroup):
+        async with ParallelExecutor(engine=nothing).open_group(group) as run:
+            runs.append(run)
+    assert [outcome.is_success for outcome in runs[0].result.outcomes] == [True, False]
+    assert (runs[0].progress.completed, runs[0].progress.in_progress) == (2, 0)
 
 
 async def test_places_of_a_run_are_given_back_and_those_of_others_are_not() -> None:

@@ -91,6 +91,8 @@ class Struck:
         if sorted(self.scenario.started) != sorted(self.scenario.closed):
             yield "an agent was not closed"
         for run in self.runs:
+            if run.progress.in_progress:
+                yield "an agent counts as running"
             with suppress(RuntimeError):
                 outcomes = run.result.outcomes
                 if [outcome.task_id for outcome in outcomes] == [str(n) for n in range(len(self.scenario.behaviours))]:

@@ -41,7 +41,7 @@ SUITES: Mapping[str, Sequence[str]] = {
         "test_waiting.py",
         "test_nesting.py",
         "test_shutdown.py",
-        "proof/test_lines.py",
+        "test_struck.py",
     ),
     "_shutdown.py": ("test_shutdown.py", "proof/test_cancellation.py"),
     "_stream.py": ("test_stream.py", "proof/test_cancellation.py"),
