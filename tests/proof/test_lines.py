@@ -27,12 +27,13 @@ SCENARIOS: dict[str, Callable[[], Scenario]] = {
 }
 
 CANNOT_HOLD = {
+    "admission.Admission.take": "between taking the last one and noting so; an IndexError is told beside the exception",
     "drive.drive": "an agent that is struck between two of its steps is closed only when its outcome is let go",
     "memory.InMemoryResourceLock._wait": "a wait that was just over may stay in the lock's statistics",
 }
 """Functions with lines at which something may be left undone, and why."""
 
-LINES_AT_MOST = 5
+LINES_AT_MOST = 8
 """So many such lines there are. If this grows, find out why."""
 
 
