@@ -69,11 +69,9 @@ PLANTED = (
     Mutant("_admission.py", "self._move_on(self._next)", "pass", "what was taken out starts"),
     Mutant("_admission.py", "self._postponed.add(position)", "pass", "who waits for claims is forgotten"),
     # Who may hold what
-    Mutant(
-        "_claim_queue.py", "_AT_SHARED: (_AT, _BELOW)", "_AT_SHARED: (_AT,)", "files change in a folder that is read"
-    ),
-    Mutant("_claim_queue.py", "_BELOW: (_AT, _AT_SHARED)", "_BELOW: (_AT,)", "a file changes in a folder that is read"),
-    Mutant("_claim_queue.py", "_BELOW_SHARED: (_AT,)", "_BELOW_SHARED: ()", "a folder changes while a file is read"),
+    Mutant("_claim_queue.py", " AT_SHARED: (AT, BELOW)", " AT_SHARED: (AT,)", "files change in a folder that is read"),
+    Mutant("_claim_queue.py", " BELOW: (AT, AT_SHARED)", " BELOW: (AT,)", "a file changes in a folder that is read"),
+    Mutant("_claim_queue.py", " BELOW_SHARED: (AT,)", " BELOW_SHARED: ()", "a folder changes while a file is read"),
     Mutant("_claim_queue.py", "if other.owner != ticket.owner:", "if True:", "a holder is in its own way"),
     Mutant(
         "_claim_queue.py",
