@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def alive_with(token: str) -> list[int]:
-    """Return the processes whose environment has ``PROOF=<token>``; they inherit it, and zombies have none."""
+    """Return the processes whose environment has ``PROOF=<token>``; they inherit it, zombies have none."""
     mark = f"PROOF={token}\0".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):

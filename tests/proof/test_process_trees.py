@@ -1,5 +1,6 @@
 """Trees of processes that are cancelled at a random moment: no survivor, no zombie, whatever they do against it."""
 
+import os
 from pathlib import Path
 from random import Random
 
@@ -31,7 +32,7 @@ async def test_no_process_of_a_cancelled_tree_survives(anyio_backend_name: str, 
     tally = proof.tally("process trees, cancelled")
     for seed in range(proof.seed, proof.seed + proof.size(few=1, short=3, long=50)):
         with tally.run(anyio_backend_name, f"seed {seed}"):
-            await grow_and_fell(Random(seed), f"{anyio_backend_name}{seed}")
+            await grow_and_fell(Random(seed), f"{anyio_backend_name}{seed}-{os.getpid()}")
         tally.runs += len(SHAPES) - 1
 
 

@@ -1,6 +1,7 @@
 """Random signals to the command line: each run ends with a complete report, the right exit code, and nothing left."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_random_signals_end_the_command_line_with_a_complete_report(tmp_path: Pa
     runs = proof.size(few=1, short=3, long=250)
     for seed in range(proof.seed, proof.seed + runs):
         with tally.run(backend, f"seed {seed}"):
-            one = Try(tmp_path, backend, Random(seed), f"{backend}{seed}")
+            one = Try(tmp_path, backend, Random(seed), f"{backend}{seed}-{os.getpid()}")
             one.run()
             sent += len(one.sent)
     assert sent > 0
