@@ -24,7 +24,7 @@ from parallel_agents.engines.process import ProcessEngine
 
 pytestmark = pytest.mark.anyio
 
-WAIT_SECONDS = 20
+WAIT_SECONDS = 60.0
 """For a program to do what it does at once; only reached when something is wrong."""
 
 GRANDCHILD_THAT_IGNORES_SIGTERM = """
