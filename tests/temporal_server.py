@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -27,6 +28,7 @@ QUEUE = "PARALLEL_AGENTS_TASK_QUEUE"
 HEARTBEAT_TIMEOUT_SECONDS = 3.0
 SECONDS_TO_START = 60.0
 SECONDS_TO_END = 60.0
+SECONDS_TO_DRAIN = 5.0
 
 
 class TemporalServer:
@@ -117,6 +119,13 @@ class TemporalWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End it as a supervisor does: at the second request it cancels what still runs."""
+        assert self._process is not None
+        for _request in range(2):
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=SECONDS_TO_DRAIN)
+                return
         self.kill()
 
     def start(self, cwd: Path | None = None) -> None:
