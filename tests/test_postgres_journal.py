@@ -1,5 +1,6 @@
 """Journals in PostgreSQL: at most one commit for each step, whatever workers and the server go through."""
 
+import itertools
 import os
 import random
 import re
@@ -35,6 +36,7 @@ from parallel_agents.journals.postgres import PostgresJournal
 from parallel_agents.locks.postgres import PostgresResourceLock
 from parallel_agents.postgres import PostgresError, PostgresStore
 from parallel_agents.testing import JournalContract
+from parallel_agents.testing.stepping import installed_backends
 
 SECONDS = 60.0
 RACE_SECONDS = float(os.environ.get("RACE_SECONDS", "8"))
@@ -157,8 +159,8 @@ def race(postgres: PostgresServer, seconds: float, *, until_it_fails: bool = Fal
             worker.ask("end")
             worker.ask("give")
 
-    backends = ["asyncio", "trio", "asyncio", "trio"]
-    workers = [Worker(url, backend, 0.6, str(number)) for number, backend in enumerate(backends)]
+    backends = itertools.cycle(installed_backends())
+    workers = [Worker(url, next(backends), 0.6, str(number)) for number in range(4)]
     threads = []
     try:
         for number, worker in enumerate(workers):

@@ -192,6 +192,7 @@ async def test_executors_share_the_limits_that_they_are_given() -> None:
 
 
 def test_a_limit_made_outside_an_event_loop_starts_afresh_on_one_after_another() -> None:
+    pytest.importorskip("trio")
     limit = RateLimit(1, per_seconds=60, reserve=60)
 
     async def program() -> list[float]:

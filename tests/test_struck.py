@@ -54,6 +54,54 @@ def test_a_queue_forgets_what_was_half_entered_and_keeps_what_it_is_told_to_keep
     assert not queue
 
 
+def test_a_ticket_that_waits_for_nobody_is_still_clear_when_it_is_looked_at_again() -> None:
+    queue: ClaimQueue[str] = ClaimQueue()
+    assert queue.look_again(queue.enter("one", CLAIMS))
+
+
+@pytest.mark.proves("L4")
+async def test_release_all_is_quiet_about_what_was_taken_quietly_and_lets_go_on_whom_it_can() -> None:
+    lock = InMemoryResourceLock()
+    lock.take_at_once(CLAIMS[:1], "quiet", is_told=False)
+    lock.take_at_once((ResourceClaim(resource="other"),), "another", is_told=False)
+    got: list[MemoryLease] = []
+
+    async def wait(resource: str) -> None:
+        got.append(await lock.acquire_claims([ResourceClaim(resource=resource)], f"waits for {resource}"))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait, "path:/a/b")
+            tasks.start_soon(wait, "other")
+            await anyio.wait_all_tasks_blocked()
+            assert await lock.release_all("quiet") == 1
+            await anyio.wait_all_tasks_blocked()
+            assert [lease.holder for lease in got] == ["waits for path:/a/b"]
+            assert await lock.release_all("another") == 1
+    assert len(got) == 2
+
+
+@pytest.mark.proves("L4")
+@pytest.mark.parametrize("error", [StruckError(), MemoryError()])
+async def test_no_lock_is_left_when_its_taking_at_once_is_struck(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = InMemoryResourceLock.take_at_once
+
+    def struck(*args: Any, **options: Any) -> None:
+        take(*args, **options)
+        raise error
+
+    monkeypatch.setattr(InMemoryResourceLock, "take_at_once", struck)
+    lock = InMemoryResourceLock()
+    with anyio.fail_after(5), pytest.raises(type(error)):
+        await ParallelExecutor(engine=nothing, resource_lock=lock).execute_group(
+            group_of(1, each={"resource_claims": CLAIMS})
+        )
+    assert lock.statistics().held == ()
+    assert not lock._queue
+
+
 @pytest.mark.proves("L4")
 async def test_release_all_gives_back_what_was_taken_and_never_handed_over() -> None:
     lock = InMemoryResourceLock()

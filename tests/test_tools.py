@@ -28,6 +28,7 @@ from parallel_agents import (
     Observer,
     ParallelEvent,
     ParallelExecutor,
+    RunContext,
     Tool,
     ToolCall,
     ToolInvoker,
@@ -37,6 +38,7 @@ from parallel_agents import (
     _tools,
     current_run,
 )
+from parallel_agents._context import RunInAnotherThread
 from parallel_agents.events import (
     PARALLEL_AGENT_RETRY,
     TOOL_INVOKE_ALL_COMPLETE,
@@ -582,6 +584,17 @@ def test_cancelled_at_every_step_no_call_is_left_over() -> None:
         assert running == 0
 
     assert cancel_at_every_checkpoint(turn, check=is_clean) > 5
+
+
+def test_a_thread_sees_of_the_run_what_the_agent_sees() -> None:
+    class Waiting(RunContext):
+        waits_for_others = True
+        budget_exhausted = True
+
+    (task,) = group_of(1).assignments
+    for run, state in ((RunContext("g", task, lambda: False), False), (Waiting("g", task, lambda: True), True)):
+        there = RunInAnotherThread(run, lambda function: function())
+        assert [there.waits_for_others, there.budget_exhausted, there.shutdown_requested] == [state] * 3
 
 
 # Registries, schemas, values
