@@ -151,13 +151,13 @@ def test_engines_that_break_the_contract_are_found_out(pytester: pytest.Pytester
     run = pytester.runpytest_subprocess("-q", "-rfE", "--tb=line")
     run.stdout.fnmatch_lines_random(
         [
-            "FAILED *TestFails::test_it_completes_an_assignment",
-            "FAILED *TestKeepsState::test_it_runs_several_at_once_and_again_afterwards",
-            "FAILED *TestSwallows::test_a_call_that_is_late_ends_as_timed_out",
-            "FAILED *TestSwallows::test_a_cancelled_call_ends_soon_and_the_engine_goes_on",
-            "FAILED *TestLeavesATask::test_it_leaves_no_task_behind",
+            "FAILED *TestFails::test_it_completes_an_assignment*",
+            "FAILED *TestKeepsState::test_it_runs_several_at_once_and_again_afterwards*",
+            "FAILED *TestSwallows::test_a_call_that_is_late_ends_as_timed_out*",
+            "FAILED *TestSwallows::test_a_cancelled_call_ends_soon_and_the_engine_goes_on*",
+            "FAILED *TestLeavesATask::test_it_leaves_no_task_behind*",
             "ERROR *TestWithoutFixtures::*",
-            "E *give your subclass a fixture 'engine'",
+            "E *give your subclass a fixture 'engine'*",
         ]
     )
     assert "TestKeepsState::test_it_completes" not in run.stdout.str()

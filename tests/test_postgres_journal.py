@@ -270,6 +270,32 @@ async def test_a_step_of_a_killed_worker_starts_when_its_lease_is_over(url: str)
 
 
 @pytest.mark.anyio
+async def test_the_last_renewal_of_a_killed_worker_does_not_pass_for_life(postgres: PostgresServer, url: str) -> None:
+    """It can be on its way when the worker dies, and arrive after the first look."""
+
+    class Store(PostgresStore):
+        looks = 0
+
+        async def run(self, *arguments: Any, **options: Any) -> Any:
+            seen = await super().run(*arguments, **options)
+            self.looks += 1
+            if self.looks == 1:
+                postgres.execute(
+                    "UPDATE parallel_agents.sessions SET expires = expires + interval '0.5 s'"
+                    " WHERE id IN (SELECT session FROM parallel_agents.attempts)"
+                )
+            return seen
+
+    store = Store(url)
+    with PostgresJournal(store) as journal, Worker(url, "asyncio", 1) as worker, anyio.fail_after(SECONDS):
+        worker.ask("start", "run", "t")
+        worker.process.kill()
+        worker.process.wait()
+        entry = await journal.start(step())
+    assert (entry.reason, store.looks > 2) == ("interrupted", True)
+
+
+@pytest.mark.anyio
 async def test_of_two_starts_in_one_worker_the_newer_one_may_end(journal: PostgresJournal) -> None:
     first = attempt_of(await journal.start(step()))
     second = attempt_of(await journal.start(step()))

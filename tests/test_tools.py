@@ -588,8 +588,13 @@ def test_cancelled_at_every_step_no_call_is_left_over() -> None:
 
 def test_a_thread_sees_of_the_run_what_the_agent_sees() -> None:
     class Waiting(RunContext):
-        waits_for_others = True
-        budget_exhausted = True
+        @property
+        def waits_for_others(self) -> bool:
+            return True
+
+        @property
+        def budget_exhausted(self) -> bool:
+            return True
 
     (task,) = group_of(1).assignments
     for run, state in ((RunContext("g", task, lambda: False), False), (Waiting("g", task, lambda: True), True)):

@@ -29,6 +29,9 @@ FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
 """How long to wait before asking again whether another worker still runs a step; twice as long each time."""
 
+SENT_BY_THE_LOST = 2
+"""How many ends of its lease may be seen of a lost worker: what it sent last can arrive after the first look."""
+
 
 @frozen
 class _Busy:
@@ -90,7 +93,7 @@ class PostgresJournal:
             JournalError: If another worker runs it, or it cannot be recorded.
         """
         name = secrets.token_hex(8)
-        pause, found = FIRST_PAUSE_SECONDS, None
+        pause, leases = FIRST_PAUSE_SECONDS, set[float]()
         while True:
             try:
                 entry = await self._store.run(lambda c, session: self._start(c, session, name, step))
@@ -98,13 +101,13 @@ class PostgresJournal:
                 raise self._error(error) from error
             if isinstance(entry, Entry):
                 return entry
-            if found is not None and entry.until > found.until:
+            leases.add(entry.until)
+            if len(leases) > SENT_BY_THE_LOST:
                 raise JournalError(
                     self._store.name,
                     f"says that task {step.task_id!r} of {step.execution!r} is being run by {entry.worker}: "
                     "let it finish, or stop it and wait until its lease is over",
                 )
-            found = entry
             await anyio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
