@@ -5,10 +5,9 @@ threads through the store.
 """
 
 import secrets
-import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import anyio
 from attrs import frozen
@@ -16,6 +15,7 @@ from attrs import frozen
 from .._models import NO_USAGE, Usage
 from .._postgres.connections import Connection, PostgresError, text
 from .._postgres.keeper import Session
+from .._postgres.spending import Spending, columns_of
 from ..locks.postgres import PostgresLease
 from ..postgres import PostgresStore
 from ._protocol import Ending, Entry, JournalError, Step
@@ -24,6 +24,8 @@ from ._reading import RecordedAttempt, RecordedExecution
 __all__ = ["PostgresJournal", "PostgresStore"]
 
 T = TypeVar("T")
+
+SPEND: Final = "SELECT spend(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::float8[])"
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
@@ -55,10 +57,7 @@ class PostgresJournal:
 
     def __init__(self, store: PostgresStore | str) -> None:
         self._store = PostgresStore(store) if isinstance(store, str) else store
-        self._guard = threading.Lock()
-        self._writing = threading.Lock()
-        self._spent: dict[int, Usage] = {}
-        self._is_to_be_written = False
+        self._spending: Spending[int] = Spending(SPEND, self._store.soon)
 
     def __repr__(self) -> str:
         return f"PostgresJournal({self._store.name!r})"
@@ -113,11 +112,7 @@ class PostgresJournal:
 
     def spend(self, attempt: int, usage: Usage, /) -> None:
         """Record soon what was spent; see ``Journal``."""
-        with self._guard:
-            self._spent[attempt] = self._spent.get(attempt, NO_USAGE) + usage
-            is_news, self._is_to_be_written = not self._is_to_be_written, True
-        if is_news:
-            self._store.soon(self._write_spent)
+        self._spending.add(attempt, usage)
 
     async def end(self, attempt: int, ending: Ending, /) -> None:
         """Record durably how a start ended; see ``Journal``.
@@ -198,7 +193,7 @@ class PostgresJournal:
         return self._or_journal_error(lambda: self._store.run_now(look))
 
     def _start(self, connection: Connection, session: Session, name: str, step: Step) -> Entry | _Busy:
-        self._write_spent(connection)
+        self._spending.write(connection)
         ids = step.group_id, step.task_id, step.agent_id
         row = connection.execute(
             "SELECT attempt, content, reason, input_tokens, output_tokens, requests, cost, busy_worker, busy_until"
@@ -218,30 +213,10 @@ class PostgresJournal:
             return lease.ticket
         return None
 
-    def _write_spent(self, connection: Connection) -> None:
-        """Write what was spent since the last time; who starts something later waits for it."""
-        with self._writing:
-            with self._guard:
-                spent, self._spent = self._spent, {}
-                self._is_to_be_written = False
-            if not spent:
-                return
-            columns = [(attempt, *_columns(usage)) for attempt, usage in spent.items()]
-            try:
-                connection.execute(
-                    "SELECT spend(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::float8[])",
-                    [list(column) for column in zip(*columns, strict=True)],
-                )
-            except BaseException:
-                with self._guard:
-                    for attempt, usage in spent.items():
-                        self._spent[attempt] = self._spent.get(attempt, NO_USAGE) + usage
-                raise
-
     def _end(self, connection: Connection, attempt: int, ending: Ending) -> str | None:
         row = connection.execute(
             "SELECT finish_attempt(%s, %s, %s, %s, %s, %s, %s)",
-            (attempt, text(ending.status), text(ending.content), *_columns(ending.usage)),
+            (attempt, text(ending.status), text(ending.content), *columns_of(ending.usage)),
         ).fetchone()
         assert row is not None
         refusal: str | None = row[0]
@@ -261,10 +236,6 @@ def _usage(columns: Sequence[Any]) -> Usage:
     input_tokens, output_tokens, requests, cost = columns
     usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens, requests=requests, cost=cost)
     return NO_USAGE if usage == NO_USAGE else usage
-
-
-def _columns(usage: Usage) -> tuple[int, int, int, float]:
-    return usage.input_tokens, usage.output_tokens, usage.requests, usage.cost
 
 
 def _read(connection: Connection) -> tuple[RecordedExecution, ...]:
