@@ -46,6 +46,7 @@ OUTSIDE_THE_CORE = [
     "parallel_agents/engines/langgraph.py",
     "parallel_agents/engines/mcp.py",
     "parallel_agents/engines/openai_agents.py",
+    "parallel_agents/engines/postgres_limit.py",
     "parallel_agents/engines/process.py",
     "parallel_agents/engines/pydantic_ai.py",
     "parallel_agents/engines/worktree.py",

@@ -169,6 +169,19 @@ class PostgresStore:
             await anyio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    async def run_or_soon(self, work: Callable[[Connection], object], *, patience_seconds: float) -> None:
+        """Have something done in a thread; if the server is away for longer than that, as soon as it is back.
+
+        It must bear being done twice.
+        """
+        try:
+            await self.run(lambda connection, _: work(connection), patience_seconds=patience_seconds)
+        except PostgresError:
+            self.soon(work)
+        except BaseException:  # cancelled natively, where no shield helps
+            self.soon(work)
+            raise
+
     def soon(self, work: Callable[[Connection], object]) -> None:
         """Have something done when the server is there, if this is open; never waits, and never fails."""
         if self._opened is not None:

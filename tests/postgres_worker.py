@@ -15,10 +15,11 @@ PROGRAM = """
 import sys
 import anyio, anyio.to_thread
 from parallel_agents import (
-    AgentAssignment, AgentIdentity, ClaimPolicy, ParallelExecutionGroup, ParallelExecutor, ResourceClaim, Task, Usage
+    AgentAssignment, AgentIdentity, Budget, ClaimPolicy, FunctionEngine, ParallelExecutionGroup, ParallelExecutor,
+    ResourceClaim, Task, Usage, current_run
 )
 from parallel_agents.engines.journal import JournaledEngine
-from parallel_agents import FunctionEngine
+from parallel_agents.engines.postgres_limit import PostgresLimit, PostgresLimitedEngine
 from parallel_agents.journals import Ending, JournalError, Step
 from parallel_agents.journals.postgres import PostgresJournal
 from parallel_agents.locks.postgres import PostgresResourceLock
@@ -80,14 +81,25 @@ async def run(resource):
     result = await ParallelExecutor(engine=engine, resource_lock=lock).execute_group(group)
     say(result.outcomes[0].status, result.outcomes[0].error)
 
+async def limited(name, places, max_cost, reserve, spent):
+    async def agent(assignment):
+        current_run().record_usage(Usage(cost=float(spent)))
+        say("running")
+        await anyio.sleep_forever()
+
+    budget, reserve = Budget(max_cost=float(max_cost)), Usage(cost=float(reserve))
+    limit = PostgresLimit(store, name, max_concurrency=int(places), budget=budget, reserve=reserve)
+    group = ParallelExecutionGroup.map("g", AgentIdentity(id="a"), [Task(id="t")])
+    result = await ParallelExecutor(engine=PostgresLimitedEngine(FunctionEngine(agent), limit)).execute_group(group)
+    say(result.outcomes[0].status, result.outcomes[0].error)
+
 async def main():
     store.open()
     say("ready")
     while words := (await anyio.to_thread.run_sync(sys.stdin.readline)).split():
         command, arguments = words[0], words[1:]
-        await {"take": take, "give": give_back, "start": start, "end": end, "run": run}[command](
-            *(() if command == "give" else arguments)
-        )
+        commands = {"take": take, "give": give_back, "start": start, "end": end, "run": run, "limited": limited}
+        await commands[command](*(() if command == "give" else arguments))
 
 anyio.run(main, backend=backend)
 store.close()

@@ -21,6 +21,7 @@ from programs import ROOT
 
 from parallel_agents import (
     AgentAssignment,
+    Budget,
     ClaimPolicy,
     FunctionEngine,
     OutcomeStatus,
@@ -31,6 +32,7 @@ from parallel_agents import (
     current_run,
 )
 from parallel_agents.engines.journal import JournaledEngine
+from parallel_agents.engines.postgres_limit import PostgresLimit, PostgresLimitedEngine
 from parallel_agents.journals import Ending, Entry, JournalError, LetsGo, Step
 from parallel_agents.journals.postgres import PostgresJournal
 from parallel_agents.locks.postgres import PostgresResourceLock
@@ -458,6 +460,10 @@ def test_a_user_who_may_not_make_tables_is_told_who_may(postgres: PostgresServer
     postgres.execute("DROP ROLE nobody")
 
 
+async def spends_a_little(_assignment: AgentAssignment) -> None:
+    current_run().record_usage(Usage(cost=0.5))
+
+
 @pytest.mark.anyio
 async def test_the_user_of_the_docs_may_do_all_that_is_needed(postgres: PostgresServer) -> None:
     with PostgresStore(postgres.empty()):
@@ -482,5 +488,11 @@ async def test_the_user_of_the_docs_may_do_all_that_is_needed(postgres: Postgres
             assert await lock.release_all("here") == 0
             await anyio.to_thread.run_sync(journal.finish, "run")
             assert len(journal.read()[0].attempts) == 2
+            limit = PostgresLimit(store, "l", max_concurrency=1, budget=Budget(max_cost=1), reserve=Usage(cost=1.0))
+            engine = PostgresLimitedEngine(FunctionEngine(spends_a_little), limit)
+            (outcome,) = (await ParallelExecutor(engine=engine).execute_group(group_of(1))).outcomes
+            assert outcome.is_success
+            limit.settle_unknown()
+            assert limit.state().cost == 0.5
     finally:
         postgres.execute("DROP OWNED BY agents; DROP ROLE agents")

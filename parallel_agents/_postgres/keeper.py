@@ -144,7 +144,7 @@ class Keeper:
         self._wake()
 
     def wait_for(self, name: str) -> None:
-        """Look after a ticket that waits."""
+        """Look after a ticket, or a place at a limit, that waits."""
         self._waiting.add(name)
         self._wake()
 
@@ -207,10 +207,10 @@ class Keeper:
                 self._look_after(connection)
 
     def _tell(self, session: Session, payload: str) -> None:
-        name, _, token = payload.partition(" ")
-        if token:
+        name, _, answer = payload.partition(" ")
+        if answer:
             self._waiting.discard(name)
-            self._bell.ring(name, token)
+            self._bell.ring(name, answer)
         else:
             session.take(name)
             self._bell.ring(lost(name), "")
@@ -220,12 +220,16 @@ class Keeper:
         if not self._waiting:
             return
         names = list(self._waiting)
-        rows = connection.execute("SELECT name, token FROM tickets WHERE name = ANY (%s)", (names,)).fetchall()
-        found: dict[str, int | None] = dict(rows)
+        rows = connection.execute(
+            "SELECT name, token::text FROM tickets WHERE name = ANY (%(names)s)"
+            " UNION ALL SELECT name, answer FROM places WHERE name = ANY (%(names)s)",
+            {"names": names},
+        ).fetchall()
+        found: dict[str, str | None] = dict(rows)
         for name in names:
-            if name not in found or found[name] is not None:
+            if (answer := found.get(name, "")) is not None:
                 self._waiting.discard(name)
-                self._bell.ring(name, str(found.get(name, "")))
+                self._bell.ring(name, answer)
 
     def _do_work(self, connection: Connection) -> None:
         while self._work:

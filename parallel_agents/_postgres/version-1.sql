@@ -9,6 +9,8 @@
 -- - Tickets are deleted in one transaction and those behind them looked at in the next: who looks may wait for those who
 --   delete, and not the other way round. What a crash leaves between the two is found by tend().
 -- - A session that has expired is locked before it is deleted: a renewal or a commit is before that, or fails.
+-- - Who is let in at a limit is decided under a lock on its row. Locks are taken on sessions first, then on limits in
+--   order of their names, then on places.
 
 CREATE TABLE meta (version integer NOT NULL, database text NOT NULL DEFAULT gen_random_uuid()::text);
 INSERT INTO meta (version) VALUES (0);
@@ -75,6 +77,32 @@ CREATE TABLE attempts (
     cost double precision NOT NULL DEFAULT 0
 );
 CREATE INDEX attempts_by_step ON attempts (execution, step);
+
+-- What drivers share: how many agents run at once, and what they may spend. The numbers come with each who asks.
+CREATE TABLE limits (
+    name text PRIMARY KEY,
+    cost numeric NOT NULL DEFAULT 0,
+    tokens bigint NOT NULL DEFAULT 0
+);
+
+-- An agent at a limit: waits (no answer), runs (granted), or is told that the budget is spent (refused). One that was
+-- granted and has no session any more has spent nobody knows what: what was reserved for it, at least, for ever.
+CREATE TABLE places (
+    number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL UNIQUE,
+    at_limit text NOT NULL REFERENCES limits (name),
+    session bigint REFERENCES sessions (id) ON DELETE SET NULL,
+    answer text,
+    max_concurrency bigint,
+    max_cost numeric,
+    max_tokens bigint,
+    reserved_cost numeric NOT NULL,
+    reserved_tokens bigint NOT NULL,
+    spent_cost numeric NOT NULL DEFAULT 0,
+    spent_tokens bigint NOT NULL DEFAULT 0
+);
+CREATE INDEX places_by_limit ON places (at_limit, answer, number);
+CREATE INDEX places_by_session ON places (session);
 
 -- How a ticket is noted at a resource, as in ClaimQueue: it claims the resource itself (0), shares it (1), claims
 -- something below it (2), shares something below it (3).
@@ -168,12 +196,62 @@ BEGIN
     IF v_dead <> '{}' THEN
         PERFORM 1 FROM tickets WHERE session = ANY (v_dead) ORDER BY number FOR UPDATE;
         DELETE FROM tickets WHERE session = ANY (v_dead);
+        PERFORM 1 FROM limits
+        WHERE name IN (SELECT at_limit FROM places WHERE session = ANY (v_dead)) ORDER BY name FOR NO KEY UPDATE;
+        PERFORM 1 FROM places WHERE session = ANY (v_dead) ORDER BY number FOR NO KEY UPDATE;
         DELETE FROM sessions WHERE id = ANY (v_dead);
     END IF;
 END $$;
 
+-- Lets in those whose turn it is at a limit, the row of which the caller has locked, and tells them.
+CREATE FUNCTION look_at_limit(p_limit text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_now record;
+    v_place record;
+    v_answer text;
+BEGIN
+    DELETE FROM places WHERE at_limit = p_limit AND answer IS DISTINCT FROM 'granted' AND session IS NULL;
+    -- sure is what is spent whatever those who run will do
+    SELECT count(session) AS running,
+        limits.cost + coalesce(sum(greatest(reserved_cost, spent_cost)), 0) AS cost,
+        limits.tokens + coalesce(sum(greatest(reserved_tokens, spent_tokens)), 0) AS tokens,
+        limits.cost + coalesce(
+            sum(CASE WHEN session IS NULL THEN greatest(reserved_cost, spent_cost) ELSE spent_cost END), 0
+        ) AS sure_cost,
+        limits.tokens + coalesce(
+            sum(CASE WHEN session IS NULL THEN greatest(reserved_tokens, spent_tokens) ELSE spent_tokens END), 0
+        ) AS sure_tokens
+    INTO v_now
+    FROM limits LEFT JOIN places ON at_limit = limits.name AND answer = 'granted'
+    WHERE limits.name = p_limit GROUP BY limits.name;
+    FOR v_place IN
+        SELECT places.*, channel FROM places JOIN sessions ON sessions.id = session
+        WHERE at_limit = p_limit AND answer IS NULL ORDER BY number
+    LOOP
+        IF (v_now.sure_cost + v_place.reserved_cost > v_place.max_cost) IS TRUE
+            OR (v_now.sure_tokens + v_place.reserved_tokens > v_place.max_tokens) IS TRUE
+        THEN
+            v_answer := 'refused';
+        ELSIF (v_now.running >= v_place.max_concurrency) IS TRUE
+            OR (v_now.cost + v_place.reserved_cost > v_place.max_cost) IS TRUE
+            OR (v_now.tokens + v_place.reserved_tokens > v_place.max_tokens) IS TRUE
+        THEN
+            RETURN; -- first come, first served
+        ELSE
+            v_answer := 'granted';
+            v_now.running := v_now.running + 1;
+            v_now.cost := v_now.cost + v_place.reserved_cost;
+            v_now.tokens := v_now.tokens + v_place.reserved_tokens;
+        END IF;
+        UPDATE places SET answer = v_answer WHERE number = v_place.number;
+        PERFORM pg_notify(v_place.channel, v_place.name || ' ' || v_answer);
+    END LOOP;
+END $$;
+
 -- Takes over from the dead; and the safety net under notifications.
 CREATE PROCEDURE tend() LANGUAGE plpgsql AS $$
+DECLARE
+    v_limit text;
 BEGIN
     PERFORM bury();
     COMMIT;
@@ -182,6 +260,92 @@ BEGIN
         WHERE waits_for IS NOT NULL
             AND NOT EXISTS (SELECT FROM tickets AS before WHERE before.number = tickets.waits_for)
     ));
+    FOR v_limit IN SELECT DISTINCT at_limit FROM places WHERE answer IS NULL ORDER BY 1 LOOP
+        PERFORM 1 FROM limits WHERE name = v_limit FOR NO KEY UPDATE;
+        PERFORM look_at_limit(v_limit);
+    END LOOP;
+END $$;
+
+-- Asks for a place at a limit; returns the answer, or NULL if one has to wait for it.
+CREATE FUNCTION enter_limit(
+    p_name text, p_session bigint, p_limit text,
+    p_max_concurrency bigint, p_max_cost double precision, p_max_tokens bigint,
+    p_cost double precision, p_tokens bigint
+) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM sessions WHERE id = p_session FOR KEY SHARE;
+    IF NOT FOUND THEN
+        RAISE foreign_key_violation USING MESSAGE = 'the session was taken over';
+    END IF;
+    INSERT INTO limits (name) VALUES (p_limit) ON CONFLICT (name) DO NOTHING;
+    PERFORM 1 FROM limits WHERE name = p_limit FOR NO KEY UPDATE;
+    INSERT INTO places (
+        name, at_limit, session, max_concurrency, max_cost, max_tokens, reserved_cost, reserved_tokens
+    ) VALUES (
+        p_name, p_limit, p_session, p_max_concurrency, p_max_cost::numeric, p_max_tokens, p_cost::numeric, p_tokens
+    ) ON CONFLICT (name) DO UPDATE SET session = p_session; -- the answer to this very call was lost
+    PERFORM look_at_limit(p_limit);
+    RETURN (SELECT answer FROM places WHERE name = p_name);
+END $$;
+
+-- Leaves it, and says what was spent: whoever comes late with that knows it better than anybody.
+CREATE FUNCTION leave_limit(p_name text, p_cost double precision, p_tokens bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_limit text;
+BEGIN
+    SELECT at_limit INTO v_limit FROM places WHERE name = p_name;
+    PERFORM 1 FROM limits WHERE name = v_limit FOR NO KEY UPDATE;
+    DELETE FROM places WHERE name = p_name;
+    IF FOUND THEN
+        UPDATE limits SET cost = cost + p_cost::numeric, tokens = tokens + p_tokens WHERE name = v_limit;
+        PERFORM look_at_limit(v_limit);
+    END IF;
+END $$;
+
+CREATE FUNCTION state_of_limit(
+    p_limit text,
+    OUT running bigint, OUT waiting bigint, OUT cost double precision, OUT tokens bigint,
+    OUT reserved_cost double precision, OUT reserved_tokens bigint,
+    OUT unknown_cost double precision, OUT unknown_tokens bigint
+) LANGUAGE sql AS $$
+    SELECT count(session) FILTER (WHERE answer = 'granted'),
+        count(session) FILTER (WHERE answer IS NULL),
+        coalesce((SELECT cost FROM limits WHERE name = p_limit), 0)
+            + coalesce(sum(spent_cost) FILTER (WHERE session IS NOT NULL), 0),
+        coalesce((SELECT tokens FROM limits WHERE name = p_limit), 0)
+            + coalesce(sum(spent_tokens) FILTER (WHERE session IS NOT NULL), 0)::bigint,
+        coalesce(
+            sum(greatest(reserved_cost - spent_cost, 0)) FILTER (WHERE session IS NOT NULL AND answer = 'granted'), 0
+        ),
+        coalesce(
+            sum(greatest(reserved_tokens - spent_tokens, 0)) FILTER (WHERE session IS NOT NULL AND answer = 'granted'), 0
+        )::bigint,
+        coalesce(sum(greatest(reserved_cost, spent_cost)) FILTER (WHERE session IS NULL AND answer = 'granted'), 0),
+        coalesce(
+            sum(greatest(reserved_tokens, spent_tokens)) FILTER (WHERE session IS NULL AND answer = 'granted'), 0
+        )::bigint
+    FROM places WHERE at_limit = p_limit
+$$;
+
+-- Takes what the lost have spent for known.
+CREATE FUNCTION settle_unknown(p_limit text, p_cost double precision, p_tokens bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM limits WHERE name = p_limit FOR NO KEY UPDATE;
+    DELETE FROM places WHERE at_limit = p_limit AND session IS NULL;
+    UPDATE limits SET cost = cost + p_cost::numeric, tokens = tokens + p_tokens WHERE name = p_limit;
+    PERFORM look_at_limit(p_limit);
+END $$;
+
+-- What an agent has spent that still runs.
+CREATE FUNCTION spend_at_limits(
+    p_names text[], p_input bigint[], p_output bigint[], p_requests bigint[], p_cost double precision[]
+) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM places WHERE name = ANY (p_names) ORDER BY number FOR NO KEY UPDATE;
+    UPDATE places SET spent_tokens = spent_tokens + told.i + told.o, spent_cost = spent_cost + told.c::numeric
+    FROM unnest(p_names, p_input, p_output, p_cost) AS told (place, i, o, c)
+    WHERE name = told.place;
 END $$;
 
 CREATE FUNCTION enter(

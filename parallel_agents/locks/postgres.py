@@ -4,8 +4,6 @@ The database decides who is next, in one function for each step; a notification 
 tasks and threads through the store.
 """
 
-import secrets
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -18,15 +16,13 @@ from .._claim_queue import AT_SHARED, ClaimQueue, Ticket, notes
 from .._claims import ClaimMode, ResourceClaim
 from .._errors import ResourceConflictError
 from .._postgres.connections import Connection, PostgresError, text
-from .._postgres.keeper import Session, lost
+from .._postgres.keeper import Session
+from .._postgres.line import Place, TakenOver
 from ..events import PARALLEL_LOCK_ACQUIRED, PARALLEL_LOCK_CONFLICT, PARALLEL_LOCK_RELEASED, write_log
 from ..postgres import PostgresStore
 from .memory import HeldResource, LockStatistics, WaitingHolder
 
 __all__ = ["PostgresLease", "PostgresResourceLock", "PostgresStore"]
-
-GIVE_UP_SECONDS = 5.0
-"""How long a cancelled wait may take to leave the line; after that it is left as soon as the server is back."""
 
 RELEASE_SECONDS = 2.0
 """How long giving back waits for a server that is away; after that it is done as soon as the server is back."""
@@ -49,7 +45,7 @@ class PostgresLease:
     _name: str = field(repr=False)
     _session: Session = field(repr=False)
     _store: PostgresStore = field(repr=False)
-    lost: "TakenOver" = field(init=False, repr=False)
+    lost: TakenOver = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.lost = TakenOver(self._store, self._session, self._name)
@@ -57,44 +53,9 @@ class PostgresLease:
     async def release(self) -> None:
         """Give everything back; may be repeated. If the server is away, it is done when it is back."""
         self.lost.forget()
-        await _leave_soon(self._store, self._name, RELEASE_SECONDS)
+        await self._store.run_or_soon(lambda c: _leave(c, self._name), patience_seconds=RELEASE_SECONDS)
         for claim in self.claims:
             write_log(PARALLEL_LOCK_RELEASED, resource=claim.resource, holder=self.holder)
-
-
-class TakenOver:
-    """Tells that others may have taken a lease over; see ``Lost``.
-
-    They may as soon as its session was not renewed for most of a lease, or somebody has called ``release_all()`` with
-    its holder's name.
-    """
-
-    def __init__(self, store: PostgresStore, session: Session, name: str) -> None:
-        self._bell = store.opened.bell
-        self._session = session
-        self._name = name
-        self._is_released = False
-        self._was_set = False
-        self._bell.expect(lost(name))
-        self._session.keep(name)
-
-    def is_set(self) -> bool:
-        """Whether they may."""
-        return self._was_set if self._is_released else not self._session.has(self._name)
-
-    async def wait(self) -> None:
-        """Wait until they may."""
-        while not self.is_set():
-            if self._is_released:
-                await anyio.sleep_forever()
-            with anyio.move_on_after(max(0.0, self._session.good_until - time.monotonic())):
-                await self._bell.wait(lost(self._name))
-
-    def forget(self) -> None:
-        """Stay as it is from now on, because the lease is given back; may be repeated."""
-        self._was_set, self._is_released = self.is_set(), True
-        self._bell.forget(lost(self._name))
-        self._session.forget(self._name)
 
 
 @frozen
@@ -205,12 +166,12 @@ class PostgresResourceLock:
                 entry = _Entry(self._store, claims, holder, waits=waits)
                 try:
                     async with self._one_by_one.turn(claims):
-                        answer = await self._store.run(entry.enter)
+                        answer = await entry.enter()
                     if answer.token is None:
                         before = answer
                         if not waits:
                             break
-                        answer = evolve(answer, token=await entry.turn())
+                        answer = evolve(answer, token=int(token) if (token := await entry.turn()) else None)
                     if answer.token is not None:
                         lease = entry.lease(answer)
                 except BaseException:
@@ -284,47 +245,37 @@ class _OneByOne:
                 self._waiting[cleared].set()
 
 
-class _Entry:
-    """A place in the line, from where it is asked for until it is granted or left."""
+class _Entry(Place[_Answer]):
+    """A place in the line for claims."""
 
     def __init__(self, store: PostgresStore, claims: tuple[ResourceClaim, ...], holder: str, *, waits: bool) -> None:
-        self._store = store
-        self._opened = store.opened
+        super().__init__(store)
         self._claims = claims
         self._holder = holder
         self._waits = waits
-        self._name = secrets.token_hex(8)
-        self._is_abandoned = False
-        self._opened.bell.expect(self._name)
 
-    def enter(self, connection: Connection, session: Session) -> _Answer:
-        """Ask for it; runs in a thread."""
-        answer, some_expired = self._ask(connection, session)
+    def ask(self, connection: Connection, session: Session) -> _Answer:
+        answer, some_expired = self._enter(connection, session)
         if some_expired:  # perhaps what is in the way, and then no notification comes until somebody looks
             connection.execute("CALL tend()")
             if not self._waits:
-                answer, _ = self._ask(connection, session)
-        if self._is_abandoned:  # a native cancellation does not wait for this thread
-            _leave(connection, self._name)
+                answer, _ = self._enter(connection, session)
         return answer
 
-    def _ask(self, connection: Connection, session: Session) -> tuple[_Answer, bool | None]:
+    def _enter(self, connection: Connection, session: Session) -> tuple[_Answer, bool | None]:
         noted = [(at, text(name), how) for at, claim in enumerate(self._claims) for name, how in notes(claim)]
         at, names, hows = ([note[column] for note in noted] for column in range(3))
         row = connection.execute(
             "SELECT ticket, granted, claim, before, some_expired"
             " FROM enter(%s, %s, %s, %s, %s::integer[], %s::text[], %s::smallint[])",
-            (self._name, session.id, text(self._holder), self._waits, at, names, hows),
+            (self.name, session.id, text(self._holder), self._waits, at, names, hows),
         ).fetchone()
         assert row is not None
         *answer, some_expired = row
         return _Answer(session, *answer), some_expired
 
-    async def turn(self) -> int | None:
-        """Wait for one's turn; return the token, or None if the place in the line was lost."""
-        self._opened.keeper.wait_for(self._name)
-        token = await self._opened.bell.wait(self._name)
-        return int(token) if token else None
+    def leave(self, connection: Connection) -> None:
+        _leave(connection, self.name)
 
     def lease(self, answer: _Answer) -> PostgresLease:
         """Return what was granted."""
@@ -335,28 +286,10 @@ class _Entry:
             answer.token,
             self._opened.database,
             answer.ticket,
-            self._name,
+            self.name,
             answer.session,
             self._store,
         )
-
-    async def abandon(self) -> None:
-        """Leave it, whether it was granted or not."""
-        self._is_abandoned = True
-        await _leave_soon(self._store, self._name, GIVE_UP_SECONDS)
-
-    def forget(self) -> None:
-        """Listen no longer."""
-        self._opened.keeper.forget(self._name)
-        self._opened.bell.forget(self._name)
-
-
-async def _leave_soon(store: PostgresStore, name: str, patience_seconds: float) -> None:
-    """Take a ticket back; later, if the server is away for longer than that."""
-    try:
-        await store.run(lambda connection, _: _leave(connection, name), patience_seconds=patience_seconds)
-    except PostgresError:
-        store.soon(lambda connection: _leave(connection, name))
 
 
 def _leave(connection: Connection, name: str) -> None:
