@@ -221,6 +221,7 @@ def coverage(session: nox.Session) -> None:
 def proof(session: nox.Session) -> None:
     """Run the proofs in their long form: a million cancellations, all planted bugs, half an hour of soak."""
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"))
+    _install_postgres(session)
     session.run("pytest", "tests/proof", "--proof=long", *session.posargs, env=SAFE_PATH)
 
 

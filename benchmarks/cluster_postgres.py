@@ -1,7 +1,6 @@
 """Locks and journal in PostgreSQL, beside memory and beside three commits by hand; a part of ``cluster.py``."""
 
 import itertools
-import resource
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ import psycopg
 from parallel_agents import (
     AgentAssignment,
     AgentIdentity,
+    Budget,
     ClaimPolicy,
     FunctionEngine,
     ParallelExecutionGroup,
@@ -24,6 +24,7 @@ from parallel_agents import (
     Usage,
 )
 from parallel_agents.engines.journal import JournaledEngine
+from parallel_agents.engines.postgres_limit import PostgresLimit, PostgresLimitedEngine
 from parallel_agents.journals import Ending, Step
 from parallel_agents.journals.postgres import PostgresJournal
 from parallel_agents.locks.postgres import PostgresResourceLock
@@ -38,6 +39,7 @@ ROUNDS = 3
 COUNT = 400
 PARALLEL = 16
 CONNECTIONS = 8
+IN_FLIGHT = 10_000
 
 fresh = itertools.count()
 
@@ -111,6 +113,53 @@ def groups(store: PostgresStore | None) -> Callable[[], Awaitable[None]]:
     return program
 
 
+def limited(store: PostgresStore) -> Callable[[], Awaitable[None]]:
+    budget = Budget(max_cost=1e9)
+    limit = PostgresLimit(store, "bench", max_concurrency=COUNT, budget=budget, reserve=Usage(cost=1.0))
+    executor = ParallelExecutor(engine=PostgresLimitedEngine(FunctionEngine(agent), limit))
+    group = ParallelExecutionGroup.map(
+        "g", AgentIdentity(id="a"), [Task(id=str(n)) for n in range(COUNT)], max_concurrency=PARALLEL
+    )
+
+    async def program() -> None:
+        assert (await executor.execute_group(group)).all_succeeded
+
+    return program
+
+
+def resident_kb() -> int:
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+async def in_flight(store: PostgresStore) -> float:
+    """Return the kB of the driver for each agent that runs with a claim and an open step, many at once."""
+    all_run = anyio.Event()
+    running = 0
+
+    async def waits(_: AgentAssignment) -> None:
+        nonlocal running
+        running += 1
+        if running == IN_FLIGHT:
+            all_run.set()
+        await all_run.wait()
+        await anyio.sleep_forever()
+
+    assignments = [
+        AgentAssignment(identity=AgentIdentity(id=f"a{n}"), task=Task(id=f"t{n}"), resource_claims=(f"r{n}",))
+        for n in range(IN_FLIGHT)
+    ]
+    group = ParallelExecutionGroup(group_id="g", assignments=assignments, claim_policy=ClaimPolicy.WAIT)
+    engine = JournaledEngine(FunctionEngine(waits), PostgresJournal(store), execution=str(next(fresh)))
+    executor = ParallelExecutor(engine=engine, resource_lock=PostgresResourceLock(store))
+    before = resident_kb()
+    async with executor.open_group(group) as run:
+        await all_run.wait()
+        used = resident_kb() - before
+        run.cancel()
+    return used / IN_FLIGHT
+
+
 def milliseconds(program: Callable[[], Awaitable[None]], backend: str) -> float:
     """Return how long one assignment takes, the least of some rounds."""
 
@@ -138,11 +187,15 @@ def main() -> None:
                     ("take, start, commit, give back, one after the other", claims(store, 1, commits=True), alone),
                     (f"all of that, {PARALLEL} at once", claims(store, PARALLEL, commits=True), together),
                     (f"a group with locks and journal there, {PARALLEL} at once", groups(store), together),
+                    (f"a group with a limit and a budget there, {PARALLEL} at once", limited(store), together),
                     (f"a group with locks in memory and no journal, {PARALLEL} at once", groups(None), together),
                 ):
                     figure = milliseconds(program, backend)
                     print(f"  {text:60} {figure:7.2f}   {figure / peer:.2f} of by hand, {backend}", flush=True)
-        print(f"  driver, most memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+        for backend in BACKENDS:
+            with PostgresStore(url, connections=CONNECTIONS) as store:
+                kilobytes = anyio.run(in_flight, store, backend=backend)
+            print(f"  {IN_FLIGHT:,} agents in flight, with locks and journal there: {kilobytes:.1f} kB each, {backend}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ no journals; what stands in the database is in ``_postgres``.
 import math
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self, TypeAlias, TypeVar
 
@@ -170,17 +171,18 @@ class PostgresStore:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def run_or_soon(self, work: Callable[[Connection], object], *, patience_seconds: float) -> None:
-        """Have something done in a thread; if the server is away for longer than that, as soon as it is back.
+        """Have something done in a thread; if that takes longer, as soon as it can be, without waiting for it.
 
         It must bear being done twice.
         """
+        is_done = False
         try:
-            await self.run(lambda connection, _: work(connection), patience_seconds=patience_seconds)
-        except PostgresError:
-            self.soon(work)
-        except BaseException:  # cancelled natively, where no shield helps
-            self.soon(work)
-            raise
+            with anyio.move_on_after(patience_seconds), suppress(PostgresError):
+                await self.run(lambda connection, _: work(connection), patience_seconds=patience_seconds)
+                is_done = True
+        finally:
+            if not is_done:
+                self.soon(work)
 
     def soon(self, work: Callable[[Connection], object]) -> None:
         """Have something done when the server is there, if this is open; never waits, and never fails."""

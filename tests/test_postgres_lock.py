@@ -343,3 +343,31 @@ async def test_who_comes_to_wait_hears_nothing_in_the_place_of_who_listens_alrea
                 await bell.wait("second")
     assert heard == ["your turn"]
     bell.close()
+
+
+@pytest.mark.anyio
+async def test_giving_back_does_not_wait_for_long_when_very_much_is_given_back_at_once(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand cancelled agents give back their claims through a few connections."""
+    monkeypatch.setattr("parallel_agents.locks.postgres.RELEASE_SECONDS", 0.01)
+    others_are_done, is_busy = threading.Event(), anyio.Event()
+    with PostgresStore(url, connections=1) as store, PostgresResourceLock(url) as other, anyio.fail_after(SECONDS):
+        lock = PostgresResourceLock(store)
+        leases = [await lock.acquire_claims([ResourceClaim(resource=str(n))], "here") for n in range(3)]
+
+        async def occupy_the_connection() -> None:
+            def wait(_connection: object, _session: object) -> None:
+                anyio.from_thread.run_sync(is_busy.set)
+                others_are_done.wait()
+
+            await store.run(wait)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(occupy_the_connection)
+            await is_busy.wait()
+            for lease in leases:
+                await lease.release()
+            for n in range(3):  # done by the thread that keeps the session
+                assert (await other.acquire_claims([ResourceClaim(resource=str(n))], "there")).fencing_token
+            others_are_done.set()

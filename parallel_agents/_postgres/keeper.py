@@ -5,6 +5,7 @@ renewal was sent, by the clock of this machine: whoever takes over later goes by
 counting later. Knows no event loop.
 """
 
+import math
 import os
 import platform
 import secrets
@@ -195,7 +196,7 @@ class Keeper:
         due = time.monotonic() + self._lease_seconds / RENEWALS
         self._look_after(connection)
         while session is self._session and not self._is_closing and time.monotonic() < due:
-            self._do_work(connection)
+            self._do_work(connection, due)
             waits = bool(self._waiting)
             pause = due - time.monotonic()
             self._wait(connection, min(pause, LONGEST_WAIT_SECONDS) if waits else pause)
@@ -231,8 +232,9 @@ class Keeper:
                 self._waiting.discard(name)
                 self._bell.ring(name, answer)
 
-    def _do_work(self, connection: Connection) -> None:
-        while self._work:
+    def _do_work(self, connection: Connection, due: float) -> None:
+        """Do what is to be done, until the session is to be renewed."""
+        while self._work and time.monotonic() < due:
             try:
                 self._work[0](connection)
             except psycopg.Error as error:
@@ -241,7 +243,7 @@ class Keeper:
             self._work.popleft()
 
     def _finish(self, connection: Connection) -> None:
-        self._do_work(connection)
+        self._do_work(connection, math.inf)
         if self._session is not None:
             connection.execute("UPDATE sessions SET expires = '-infinity' WHERE id = %s", (self._session.id,))
             connection.execute("CALL tend()")

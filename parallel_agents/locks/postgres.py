@@ -25,7 +25,7 @@ from .memory import HeldResource, LockStatistics, WaitingHolder
 __all__ = ["PostgresLease", "PostgresResourceLock", "PostgresStore"]
 
 RELEASE_SECONDS = 2.0
-"""How long giving back waits for a server that is away; after that it is done as soon as the server is back."""
+"""How long giving back waits for its turn and for the server; after that it is done as soon as it can be."""
 
 
 @define(eq=False)
@@ -51,7 +51,7 @@ class PostgresLease:
         self.lost = TakenOver(self._store, self._session, self._name)
 
     async def release(self) -> None:
-        """Give everything back; may be repeated. If the server is away, it is done when it is back."""
+        """Give everything back; may be repeated. If that takes long, or the server is away, it is done later."""
         self.lost.forget()
         await self._store.run_or_soon(lambda c: _leave(c, self._name), patience_seconds=RELEASE_SECONDS)
         for claim in self.claims:

@@ -106,7 +106,7 @@ class Try:
 def test_random_signals_end_the_command_line_with_a_complete_report(tmp_path: Path, backend: str, proof: Proof) -> None:
     tally = proof.tally("random signals to the command line")
     sent = 0
-    runs = proof.size(few=1, short=3, long=250)
+    runs = proof.size(few=1, short=3, long=360)
     for seed in range(proof.seed, proof.seed + runs):
         with tally.run(backend, f"seed {seed}"):
             one = Try(tmp_path, backend, Random(seed), f"{backend}{seed}-{os.getpid()}")
