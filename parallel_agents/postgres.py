@@ -30,6 +30,9 @@ FIRST_PAUSE_SECONDS: Final = 0.05
 LONGEST_PAUSE_SECONDS: Final = 1.0
 """How long to wait before asking a server again that is away; twice as long each time, from one to the other."""
 
+PATIENT_CALLS: Final = 100
+"""So many tasks at once wait for what could be done later as well; more would wait for too long."""
+
 
 class PostgresStore:
     """A database for ``PostgresResourceLock`` and ``PostgresJournal``, which may share one of these.
@@ -63,6 +66,7 @@ class PostgresStore:
         self._limiter: RunVar[anyio.CapacityLimiter] = RunVar("parallel_agents_postgres")
         self._guard = threading.RLock()
         self._opened: Opened | None = None
+        self._patient_calls = 0
 
     def __repr__(self) -> str:
         return f"PostgresStore({self.name!r})"
@@ -173,14 +177,17 @@ class PostgresStore:
     async def run_or_soon(self, work: Callable[[Connection], object], *, patience_seconds: float) -> None:
         """Have something done in a thread; if that takes longer, as soon as it can be, without waiting for it.
 
-        It must bear being done twice.
+        It must bear being done twice. Shielded from cancellation.
         """
         is_done = False
+        self._patient_calls += 1
         try:
-            with anyio.move_on_after(patience_seconds), suppress(PostgresError):
-                await self.run(lambda connection, _: work(connection), patience_seconds=patience_seconds)
-                is_done = True
+            if self._patient_calls <= PATIENT_CALLS:
+                with anyio.move_on_after(patience_seconds, shield=True), suppress(PostgresError):
+                    await self.run(lambda connection, _: work(connection), patience_seconds=patience_seconds)
+                    is_done = True
         finally:
+            self._patient_calls -= 1
             if not is_done:
                 self.soon(work)
 

@@ -346,11 +346,12 @@ async def test_who_comes_to_wait_hears_nothing_in_the_place_of_who_listens_alrea
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("bound", ["locks.postgres.RELEASE_SECONDS", "postgres.PATIENT_CALLS"])
 async def test_giving_back_does_not_wait_for_long_when_very_much_is_given_back_at_once(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    url: str, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     """Ten thousand cancelled agents give back their claims through a few connections."""
-    monkeypatch.setattr("parallel_agents.locks.postgres.RELEASE_SECONDS", 0.01)
+    monkeypatch.setattr(f"parallel_agents.{bound}", 0)
     others_are_done, is_busy = threading.Event(), anyio.Event()
     with PostgresStore(url, connections=1) as store, PostgresResourceLock(url) as other, anyio.fail_after(SECONDS):
         lock = PostgresResourceLock(store)

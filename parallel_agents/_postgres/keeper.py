@@ -234,6 +234,9 @@ class Keeper:
 
     def _do_work(self, connection: Connection, due: float) -> None:
         """Do what is to be done, until the session is to be renewed."""
+        if not self._work:
+            return
+        connection.execute("SET synchronous_commit = off")  # what waits here may as well wait for the disk
         while self._work and time.monotonic() < due:
             try:
                 self._work[0](connection)
@@ -241,6 +244,7 @@ class Keeper:
                 if isinstance(self._connections.translated(error), OutageError):
                     raise
             self._work.popleft()
+        connection.execute("RESET synchronous_commit")
 
     def _finish(self, connection: Connection) -> None:
         self._do_work(connection, math.inf)
