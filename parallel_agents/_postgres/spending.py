@@ -19,7 +19,7 @@ class Spending(Generic[K]):
     """
 
     def __init__(self, statement: LiteralString, soon: Callable[[Callable[[Connection], Any]], None]) -> None:
-        self._statement = statement
+        self._statement: LiteralString = statement
         self._soon = soon
         self._guard = threading.Lock()
         self._writing = threading.Lock()
