@@ -132,7 +132,11 @@ def main() -> None:
     parser.add_argument("--synced", action="store_true")
     parser.add_argument("--in-flight", type=float, metavar="SECONDS", help="how long each of --count agents waits")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, TemporalServer(Path(folder), is_synced=chosen.synced) as server:
+    polls = None if chosen.in_flight is None else 3 * chosen.count  # each agent that is waited for is one
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TemporalServer(Path(folder), is_synced=chosen.synced, polls=polls) as server,
+    ):
         if chosen.in_flight is None:
             asyncio.run(overhead(server.address, chosen.count, chosen.at_once))
         else:

@@ -37,9 +37,11 @@ class TemporalServer:
     Args:
         folder: Where its file and its log are.
         is_synced: Whether what it knows outlives a power cut too, not only its own end.
+        polls: How many calls of a namespace may wait at the server at once; its own default unless given.
     """
 
-    def __init__(self, folder: Path, *, is_synced: bool = False) -> None:
+    def __init__(self, folder: Path, *, is_synced: bool = False, polls: int | None = None) -> None:
+        self._limits = [] if polls is None else ["--dynamic-config-value", f"frontend.namespaceCount={polls}"]
         self._pragmas = [] if is_synced else PRAGMAS
         self.address = f"127.0.0.1:{free_port()}"
         self._folder = folder
@@ -65,6 +67,7 @@ class TemporalServer:
             "--db-filename",
             str(self._folder / "temporal.db"),
             *self._pragmas,
+            *self._limits,
         ]
         with (self._folder / "temporal.log").open("ab") as log:
             self._process = subprocess.Popen(
