@@ -52,6 +52,7 @@ from ._outcomes import (
 )
 from ._shutdown import ShutdownManager
 from ._slots import Slot, give_back_slots_of
+from ._traces import cancel_requests, tasks_directly_in
 from .engines._metering import difference, larger
 from .engines._protocol import AgentEngine, ChecksAssignments
 from .events import (
@@ -75,13 +76,6 @@ T = TypeVar("T")
 
 MAX_NESTING = 32
 """How deep groups may be nested; some hundred nested task groups cannot be cancelled on asyncio any more."""
-
-SCOPE_IS_CHECKED_AFTER = 0.05
-"""Seconds of an engine call from which on its worker's scope is renewed, which shows whether a scope was left open.
-
-Renewing costs about five microseconds, so that shorter calls are checked only for what shows without it: a deadline
-that was left behind, and a cancellation.
-"""
 
 
 @define(eq=False)
@@ -183,8 +177,6 @@ class GroupRun(Generic[T]):
         self._result: ParallelExecutionResult[T] | None = None
 
         self._clock = _clock_of_the_loop()
-        # anyio's function of this name finds out first which backend runs, in half of its time
-        self._effective_deadline = anyio.lowlevel.current_token().backend_class.current_effective_deadline
         self._started = self._clock()
         # a strong reference would close a circle, and keep all outcomes until the collector comes by
         this = weakref.proxy(self)
@@ -553,7 +545,7 @@ class GroupRun(Generic[T]):
         try:
             with anyio.CancelScope() as scope:
                 try:
-                    return await self._work_while_clean(WatchedScope(scope), task)
+                    return await self._work_while_clean(scope, task)
                 except RuntimeError as error:
                     own_error = error
                     raise
@@ -570,11 +562,11 @@ class GroupRun(Generic[T]):
         return Fitness.FIT
 
     async def _work_while_clean(  # noqa: C901, PLR0912 - in one piece: every agent would pay for calls of its parts
-        self, scope: WatchedScope, task: anyio.TaskInfo
+        self, own_scope: anyio.CancelScope, task: anyio.TaskInfo
     ) -> "Fitness":
-        """Run assignments until there is a sign that the scope was used up, or left with something open in it."""
-        effective_deadline = self._effective_deadline
-        deadline = effective_deadline()
+        """Run assignments until the scope is used up, or one has left something behind in the task."""
+        scope, own_task = WatchedScope(own_scope), tasks_directly_in(own_scope)
+        requests = cancel_requests(own_task)
         clock, limiter, engine_run = self._clock, self._settings.limiter, self._settings.engine.run
         admission, claims, events = self._admission, self._claims, self._events
         now = clock()
@@ -621,12 +613,10 @@ class GroupRun(Generic[T]):
             self._end_call(call, outcome, context)
             if call.spoiled_its_task:
                 return Fitness.SPOILED
-            if (
-                now - call.started >= SCOPE_IS_CHECKED_AFTER
-                or task.has_pending_cancellation()
-                or effective_deadline() != deadline
-            ):
+            if not own_task or task.has_pending_cancellation():  # a scope was left open, or there is one to be renewed
                 break
+            if requests():
+                return Fitness.SPOILED
         return Fitness.FIT
 
     def _take(self, slot: Slot | None) -> int | None:

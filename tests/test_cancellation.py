@@ -20,6 +20,7 @@ from parallel_agents import (
     _run,
     current_run,
 )
+from parallel_agents._traces import tasks_directly_in
 from parallel_agents.events import PARALLEL_AGENT_START
 
 pytestmark = pytest.mark.anyio
@@ -331,21 +332,34 @@ async def test_a_cancel_scope_left_open_harms_no_other_agent(how: str, limit: in
 
 
 @pytest.mark.proves("X18")
-@virtual_time
-async def test_a_scope_that_a_long_call_left_open_is_noticed_before_it_can_be_cancelled() -> None:
+@pytest.mark.parametrize("backend_tells", [True, False])
+async def test_a_scope_that_was_left_open_is_noticed_before_it_can_be_cancelled(
+    backend_tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left_open: list[anyio.CancelScope] = []
 
     async def agent(task: AgentAssignment) -> str:
-        await anyio.sleep(1)
         if task.task_id == "t0":
             left_open.append(anyio.CancelScope().__enter__())
         elif left_open:
             left_open.pop().cancel()
-        await anyio.sleep(1)
+        await anyio.lowlevel.checkpoint()
         return "fine"
 
-    result = await ParallelExecutor(engine=agent).execute_group(group_of(3, max_concurrency=1))
+    if not backend_tells:
+        not_a_scope: Any = None
+        monkeypatch.setattr(_run, "tasks_directly_in", lambda scope: tasks_directly_in(not_a_scope))
+    result = await run(agent, group_of(3, max_concurrency=1))
     assert [o.output for o in result.outcomes] == ["fine"] * 3
+
+
+async def test_the_backend_tells_which_tasks_are_directly_in_a_scope() -> None:
+    with anyio.CancelScope() as scope:
+        inside = tasks_directly_in(scope)
+        assert len(inside) == 1
+        with anyio.CancelScope():
+            assert not inside
+        assert len(inside) == 1
 
 
 @pytest.mark.proves("X18")
@@ -401,7 +415,8 @@ async def test_a_native_cancel_of_a_worker_that_waits_for_a_slot_harms_nobody() 
 
 @pytest.mark.proves("X9", "X18")
 @pytest.mark.parametrize("anyio_backend", [pytest.param("asyncio", id="asyncio")], indirect=True)
-async def test_an_agent_does_not_inherit_the_cancellation_request_of_the_one_before_it() -> None:
+@pytest.mark.parametrize("swallows", [False, True])
+async def test_an_agent_does_not_inherit_the_cancellation_request_of_the_one_before_it(swallows: bool) -> None:
     async def fail() -> None:
         raise ValueError
 
@@ -410,13 +425,15 @@ async def test_an_agent_does_not_inherit_the_cancellation_request_of_the_one_bef
         assert own is not None
         if task.task_id == "t0":
             own.cancel()
-            await asyncio.sleep(0)
+            with contextlib.suppress(asyncio.CancelledError) if swallows else contextlib.nullcontext():
+                await asyncio.sleep(0)
+            return
         assert own.cancelling() == 0
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(fail())
 
     first, second = (await run(agent, group_of(2, max_concurrency=1))).outcomes
-    assert first.status is OutcomeStatus.CANCELLED
+    assert first.status is (OutcomeStatus.SUCCEEDED if swallows else OutcomeStatus.CANCELLED)
     assert second.error == "ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception)"
 
 

@@ -189,6 +189,10 @@ PLANTED = (
         "if False:",
         "nobody takes the place of a worker that was spoiled",
     ),
+    Mutant(
+        "_run.py", "if not own_task or task.has", "if task.has", "the next agent runs in a scope that was left open"
+    ),
+    Mutant("_run.py", "if requests():", "if False:", "the next agent has another's native cancellation to answer"),
     # Shutdown
     Mutant(
         "_shutdown.py",
