@@ -17,7 +17,8 @@ def drive(context: Context, function: Callable[[Any], Awaitable[Any]], argument:
     coroutine = run(function, argument)
     if type(coroutine) is not types.CoroutineType:
         coroutine = _awaited(coroutine)
-    step: Callable[..., Any] = coroutine.send
+    send: Callable[..., Any] = coroutine.send
+    step = send
     sent: Any = None
     while True:
         try:
@@ -32,7 +33,7 @@ def drive(context: Context, function: Callable[[Any], Awaitable[Any]], argument:
         except BaseException as error:  # noqa: ASYNC103, BLE001 - the coroutine gets it, as from a task of its own
             step, sent = coroutine.throw, error
         else:
-            step = coroutine.send
+            step = send
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:

@@ -40,6 +40,9 @@ class TerminationReason(StrEnum):
     """It waits for a person, and is neither success nor failure."""
 
 
+_COMPLETED = TerminationReason.COMPLETED  # on Python 3.11, looking a member up takes as long as a call
+
+
 class OutcomeStatus(StrEnum):
     """How an assignment ended, as the executor tells it. Code decides by status, never by text."""
 
@@ -106,7 +109,7 @@ class AgentRunResult(Generic[T]):
             and type(agent_id) is str
             and task_id.strip()
             and agent_id.strip()
-            and termination_reason is TerminationReason.COMPLETED
+            and termination_reason is _COMPLETED
             and error_message is None
             and type(usage) is Usage
             and type(turns) is int
@@ -284,7 +287,7 @@ _new_outcome_draft = partial(object.__new__, draft_class(AgentOutcome))
 
 
 def outcome_of_result(
-    result: AgentRunResult[T], *, usage: Usage, attempts: int, started_after_seconds: float, duration_seconds: float
+    result: AgentRunResult[T], usage: Usage, attempts: int, started_after_seconds: float, duration_seconds: float
 ) -> AgentOutcome[T]:
     """Return the outcome of an engine call that returned a result; the executor knows that its parts are valid."""
     outcome: Any = _new_outcome_draft()

@@ -74,6 +74,8 @@ from .locks._protocol import NEVER_LOST, ResourceLock
 
 T = TypeVar("T")
 
+_SUCCEEDED = OutcomeStatus.SUCCEEDED  # on Python 3.11, looking a member up takes as long as a call
+
 MAX_NESTING = 32
 """How deep groups may be nested; some hundred nested task groups cannot be cancelled on asyncio any more."""
 
@@ -811,13 +813,7 @@ class GroupRun(Generic[T]):
                 f"for task {assignment.task_id!r} and agent {assignment.agent_id!r}"
             )
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=usage)
-        return outcome_of_result(
-            value,
-            usage=usage,
-            attempts=call.attempt,
-            started_after_seconds=call.started - self._started,
-            duration_seconds=now - call.started,
-        )
+        return outcome_of_result(value, usage, call.attempt, call.started - self._started, now - call.started)
 
     def _outcome_of_error(self, call: EngineCall, error: BaseException, now: float, pending: bool) -> AgentOutcome[T]:
         """Decide what an exception means, and note what concerns more than this agent."""
@@ -891,7 +887,8 @@ class GroupRun(Generic[T]):
 
     def _record(self, position: int, outcome: AgentOutcome[T]) -> None:
         self._keep(position, outcome)
-        if outcome.status is OutcomeStatus.SUCCEEDED:
+        succeeded = outcome.status is _SUCCEEDED
+        if succeeded:
             self._succeeded += 1
         elif outcome.status is OutcomeStatus.PARKED:
             self._parked += 1
@@ -899,9 +896,9 @@ class GroupRun(Generic[T]):
             self._failed += 1
         if self._is_watched or self._news is not None:
             self._tell_news()
-        if outcome.status is OutcomeStatus.SUCCEEDED and self._succeeded == self.group.stop_after_successes:
+        if succeeded and self._succeeded == self.group.stop_after_successes:
             self._stop_all(ENOUGH)  # whatever stopped the others from starting before
-        elif self._stopped is None and (self._successes_matter or outcome.status is not OutcomeStatus.SUCCEEDED):
+        elif self._stopped is None and (self._successes_matter or not succeeded):
             self._follow(position, outcome)
 
     def _follow(self, position: int, outcome: AgentOutcome[T]) -> None:
