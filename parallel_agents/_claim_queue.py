@@ -18,6 +18,8 @@ from ._claims import PATH, ClaimMode, ResourceClaim
 
 O = TypeVar("O", bound=Hashable)  # noqa: E741
 
+_SHARED = ClaimMode.SHARED  # on Python 3.11, looking a member up takes as long as a call
+
 AT, AT_SHARED, BELOW, BELOW_SHARED = range(4)
 """How a ticket is noted at a resource: it claims the resource itself, or something below it; alone, or shared."""
 
@@ -163,7 +165,7 @@ class ClaimQueue(Generic[O]):
         """Note a ticket, if nothing can be in its way and each of its resources is noted by it alone, once."""
         noted = self._noted
         for number, claim in enumerate(ticket.claims):
-            if claim.resource in noted or not _is_noted_once(claim) or claim.mode is ClaimMode.SHARED:
+            if claim.resource in noted or not _is_noted_once(claim) or claim.mode is _SHARED:
                 for earlier in ticket.claims[:number]:
                     del noted[earlier.resource]
                 return False
@@ -210,7 +212,7 @@ def find_overlap(claims: Iterable[tuple[O, Sequence[ResourceClaim]]]) -> tuple[s
     owners: dict[str, O] = {}
     for owner, own in known:
         for claim in own:
-            if claim.mode is ClaimMode.SHARED or not _is_noted_once(claim):
+            if claim.mode is _SHARED or not _is_noted_once(claim):
                 return _find_overlap_in_queue(known)
             if owners.setdefault(claim.resource, owner) != owner:
                 return claim.resource, owners[claim.resource], owner
@@ -239,7 +241,7 @@ def _is_noted_once(claim: ResourceClaim) -> bool:
 
 def notes(claim: ResourceClaim) -> Sequence[tuple[str, int]]:
     """Return where a claim is noted, and how."""
-    is_shared = claim.mode is ClaimMode.SHARED
+    is_shared = claim.mode is _SHARED
     at = (claim.resource, AT_SHARED if is_shared else AT)
     if _is_noted_once(claim):
         return (at,)
