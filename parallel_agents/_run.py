@@ -1124,8 +1124,9 @@ class OutcomeIterator(Generic[T]):
 
 
 def _clock_of_the_loop() -> Callable[[], float]:
-    """Return the running loop's clock, which timeouts go by: asyncio's loop tells the time itself, in half the time."""
-    clock: Callable[[], float] = getattr(anyio.lowlevel.current_token().native_token, "time", anyio.current_time)
+    """Return the running loop's clock, which timeouts go by; anyio's function finds out first which backend runs."""
+    token = anyio.lowlevel.current_token()
+    clock: Callable[[], float] = getattr(token.native_token, "time", token.backend_class.current_time)
     return clock
 
 
