@@ -782,11 +782,11 @@ class GroupRun(Generic[T]):
             scope.deadline = call.due = now + assignment.timeout_seconds
             if call.due < self._deadlines.looks_at:
                 self._deadlines.tell(call.due)
-        lease = self._claims.leases.get(position)
-        call.lease = None if isinstance(lease, PlainLease) else lease
-        if lease is not None and lease.lost is not NEVER_LOST:
-            call.lease_watch = anyio.CancelScope()
-            self._tasks.start_soon(self._watch_lease, call, lease, call.lease_watch)
+        if (lease := self._claims.leases.get(position)) is not None:
+            call.lease = None if isinstance(lease, PlainLease) else lease
+            if lease.lost is not NEVER_LOST:
+                call.lease_watch = anyio.CancelScope()
+                self._tasks.start_soon(self._watch_lease, call, lease, call.lease_watch)
         return call
 
     def _upstream_of(self, assignment: AgentAssignment) -> Mapping[str, AgentOutcome[T]]:
