@@ -221,7 +221,7 @@ class HeldClaims:
 
     def _note(self, error: Exception) -> None:
         self.errors.append(error)
-        self._events.emit(PARALLEL_LOCK_RELEASE_ERROR, error=error_text(error))
+        self._events.emit(PARALLEL_LOCK_RELEASE_ERROR, {"error": error_text(error)})
 
 
 class PlainLease:

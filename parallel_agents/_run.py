@@ -126,7 +126,7 @@ class EngineCall(RunContext):
 
     def emit(self, name: str, /, **fields: Any) -> None:
         assignment = self.assignment
-        self.run._events.emit(name, task_id=assignment.task_id, agent_id=assignment.agent_id, **fields)
+        self.run._events.emit(name, fields, assignment.task_id, assignment.agent_id)
 
 
 @define(eq=False, kw_only=True)
@@ -366,7 +366,9 @@ class GroupRun(Generic[T]):
         """Keep the workers for the length of the block; at its end there is an outcome for each assignment."""
         raised: BaseException | None = None
         self._has_begun = True
-        self._is_watched = self._events.are_heard or self._settings.progress_callback is not None
+        self._is_watched = self._settings.progress_callback is not None or self._events.is_wanted(
+            PARALLEL_PROGRESS_UPDATE
+        )
         if self._is_watched:
             self._tell_progress()
         self._attach_to_shutdown()
@@ -418,7 +420,7 @@ class GroupRun(Generic[T]):
                 for assignment in self._known_assignments():
                     self._settings.engine.check(assignment)
         except Exception as error:
-            self._events.emit(PARALLEL_VALIDATION_ERROR, error=error_text(error))
+            self._events.emit(PARALLEL_VALIDATION_ERROR, {"error": error_text(error)})
             raise
 
     def _enclosing_assignments(self) -> list[AgentAssignment]:
@@ -881,7 +883,8 @@ class GroupRun(Generic[T]):
         if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
             agent = f"{self.group.group_id}:{outcome.task_id}"
             manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
-        if self._events.are_heard or outcome.result is None:  # warnings and errors are told in any case
+        # warnings and errors are told in any case
+        if outcome.result is None or self._events.is_wanted(PARALLEL_AGENT_COMPLETE):
             context.run(self._tell_ended, outcome)
         self._record(call.position, outcome)
 
@@ -1023,35 +1026,32 @@ class GroupRun(Generic[T]):
         callback = self._settings.progress_callback
         if callback is not None:
             call_quietly(callback, self.progress, self._end_for_callback)
-        if self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
+        if self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
             progress = self.progress
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,
-                total=progress.total,
-                completed=progress.completed,
-                in_progress=progress.in_progress,
-                succeeded=progress.succeeded,
-                failed=progress.failed,
-                parked=progress.parked,
-                pending=progress.pending,
+                {
+                    "total": progress.total,
+                    "completed": progress.completed,
+                    "in_progress": progress.in_progress,
+                    "succeeded": progress.succeeded,
+                    "failed": progress.failed,
+                    "parked": progress.parked,
+                    "pending": progress.pending,
+                },
             )
 
     def _tell_waiting(self, position: int, resource: str, holder: str) -> None:
         if self._events.are_heard:
             assignment = self._assignments[position]
-            self._events.emit(
-                PARALLEL_AGENT_WAITING,
-                task_id=assignment.task_id,
-                agent_id=assignment.agent_id,
-                resource=resource,
-                holder=holder,
-            )
+            fields = {"resource": resource, "holder": holder}
+            self._events.emit(PARALLEL_AGENT_WAITING, fields, assignment.task_id, assignment.agent_id)
 
     def _tell_started(self, assignment: AgentAssignment) -> None:
-        self._events.emit(PARALLEL_AGENT_START, task_id=assignment.task_id, agent_id=assignment.agent_id)
+        self._events.emit(PARALLEL_AGENT_START, {}, assignment.task_id, assignment.agent_id)
 
     def _tell_ended(self, outcome: AgentOutcome[T]) -> None:
-        name, level = PARALLEL_AGENT_ERROR, None
+        name, level, usage = PARALLEL_AGENT_ERROR, None, outcome.usage
         told: dict[str, Any] = {}
         if outcome.result is not None:
             name = PARALLEL_AGENT_COMPLETE
@@ -1063,18 +1063,12 @@ class GroupRun(Generic[T]):
             level = "ERROR" if is_fatal else None
             told["error"] = outcome.error
             told["error_type"] = "" if outcome.exception is None else type(outcome.exception).__name__
-        self._events.emit(
-            name,
-            task_id=outcome.task_id,
-            agent_id=outcome.agent_id,
-            level=level,
-            **told,
-            status=outcome.status.value,
-            duration_seconds=outcome.duration_seconds,
-            input_tokens=outcome.usage.input_tokens,
-            output_tokens=outcome.usage.output_tokens,
-            cost=outcome.usage.cost,
-        )
+        told["status"] = outcome.status.value
+        told["duration_seconds"] = outcome.duration_seconds
+        told["input_tokens"] = usage.input_tokens
+        told["output_tokens"] = usage.output_tokens
+        told["cost"] = usage.cost
+        self._events.emit(name, told, outcome.task_id, outcome.agent_id, level)
 
     def _tell_opened(self) -> None:
         group = self.group
@@ -1085,15 +1079,17 @@ class GroupRun(Generic[T]):
     def _tell_suppressed(self) -> None:
         if len(self._orders_to_end) > 1:
             first = error_text(self._orders_to_end[0])
-            self._events.emit(PARALLEL_GROUP_SUPPRESSED, error=first, exception_count=len(self._orders_to_end))
+            self._events.emit(PARALLEL_GROUP_SUPPRESSED, {"error": first, "exception_count": len(self._orders_to_end)})
 
     def _tell_complete(self, status: str) -> None:
         self._events.emit(
             PARALLEL_GROUP_COMPLETE,
-            succeeded=self._succeeded,
-            failed=self._failed,
-            duration_seconds=self._clock() - self._started,
-            status=status,
+            {
+                "succeeded": self._succeeded,
+                "failed": self._failed,
+                "duration_seconds": self._clock() - self._started,
+                "status": status,
+            },
         )
 
 

@@ -6,11 +6,14 @@ formats a message that comes with keyword arguments, and text from outside must 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
 import anyio
 from attrs import field, frozen
 from loguru import logger
+
+from ._drafts import draft_class
 
 PARALLEL_GROUP_START: Final = "execution.parallel.group_start"
 """Info: ``group_id``, ``agent_count``, ``max_concurrency``, ``fail_fast``."""
@@ -121,6 +124,9 @@ class ParallelEvent:
     fields: Mapping[str, Any] = field(factory=dict)
 
 
+_new_event_draft = partial(object.__new__, draft_class(ParallelEvent))
+
+
 @runtime_checkable
 class Observer(Protocol):
     """Watches a run. What it raises is logged and changes nothing; it must not block.
@@ -207,40 +213,39 @@ class GroupEvents:
         extras = {"group_id": self._group_id, **fields}
         # loguru calls the argument of a lazy record only when a sink takes the record
         logger.bind(**extras).opt(lazy=True).info(PARALLEL_GROUP_START, self._note_that_logs_are_read)
-        self._tell_observers(PARALLEL_GROUP_START, None, None, fields)
+        if PARALLEL_GROUP_START in self._observers:
+            self._tell_observers(PARALLEL_GROUP_START, fields)
 
     def emit(
         self,
         name: str,
-        /,
-        *,
+        fields: Mapping[str, Any],
         task_id: str | None = None,
         agent_id: str | None = None,
         level: str | None = None,
-        **fields: Any,
     ) -> None:
         """Send one event; *level* stands above the one of the table."""
         level = level or _LEVELS[name]
         if self._logs_are_read or level not in ("INFO", "DEBUG"):
             ids = {} if task_id is None else {"agent_id": agent_id, "task_id": task_id}
             write_log(name, level=level, group_id=self._group_id, **ids, **fields)
-        self._tell_observers(name, task_id, agent_id, fields)
+        if name in self._observers:
+            self._tell_observers(name, fields, task_id, agent_id)
 
     def _note_that_logs_are_read(self) -> str:
         self._logs_are_read = self.are_heard = True
         return ""
 
-    def _tell_observers(self, name: str, task_id: str | None, agent_id: str | None, fields: Mapping[str, Any]) -> None:
-        observers = self._observers.get(name)
-        if observers is None:
-            return
-        event = ParallelEvent(
-            name=name,
-            group_id=self._group_id,
-            task_id=task_id,
-            agent_id=agent_id,
-            at_seconds=self._clock() - self._started,
-            fields=fields,
-        )
-        for observer in observers:
+    def _tell_observers(
+        self, name: str, fields: Mapping[str, Any], task_id: str | None = None, agent_id: str | None = None
+    ) -> None:
+        event: Any = _new_event_draft()
+        event.name = name
+        event.group_id = self._group_id
+        event.task_id = task_id
+        event.agent_id = agent_id
+        event.at_seconds = self._clock() - self._started
+        event.fields = fields
+        event.__class__ = ParallelEvent
+        for observer in self._observers[name]:
             call_quietly(observer.on_event, event, self._on_order)
