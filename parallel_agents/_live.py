@@ -8,20 +8,22 @@ import contextlib
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Self
 
 from attrs import define, frozen
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.text import Text
 
 from ._context import RunContext, current_run
-from ._display import STYLES, Display, id_text
+from ._display import STYLES, Display
 from ._models import NO_USAGE, Usage
 from ._outcomes import AgentOutcome, OutcomeStatus
 from ._words import ID_CHARACTERS, duration_text, error_line, harmless, spent_text, status_text, waiting_text
@@ -61,8 +63,7 @@ class _Agent:
         since: When its state began.
         doing: What it waits for or does, as far as it was told.
         run: Its run, once it has started.
-        status: What came of it.
-        seconds: How long it ran, once it has ended.
+        outcome: What came of it.
     """
 
     agent_id: str
@@ -70,8 +71,7 @@ class _Agent:
     since: float = 0.0
     doing: str = ""
     run: RunContext | None = None
-    status: OutcomeStatus | None = None
-    seconds: float = 0.0
+    outcome: AgentOutcome[Any] | None = None
 
     @property
     def usage(self) -> Usage:
@@ -108,7 +108,7 @@ class LiveDisplay(Display):
         self._started = clock()
         self._group_id = ""
         self._total = 0
-        self._counts: Counter[OutcomeStatus] = Counter()
+        self._counts = dict.fromkeys(OutcomeStatus, 0)
         self._agents: dict[str | None, _Agent] = {}
         self._ended: deque[_Agent] = deque(maxlen=ROWS)
         self._tokens = 0
@@ -156,14 +156,15 @@ class LiveDisplay(Display):
 
     def on_outcome(self, outcome: AgentOutcome[Any]) -> None:
         """Take note of what came of an agent: events of ends, which tell the same, are not asked for."""
+        usage = outcome.usage
         with self._guard:
             self._counts[outcome.status] += 1
-            self._tokens += outcome.usage.input_tokens + outcome.usage.output_tokens
-            self._cost += outcome.usage.cost
+            if usage is not NO_USAGE:
+                self._tokens += usage.input_tokens + usage.output_tokens
+                self._cost += usage.cost
             agent = self._agents.pop(outcome.task_id, None)
             if agent is not None:
-                agent.status, agent.since, agent.seconds = outcome.status, self._clock(), outcome.duration_seconds
-                agent.doing = error_line(outcome)
+                agent.outcome, agent.since = outcome, self._clock()
                 self._ended.append(agent)
 
     def say(self, text: str) -> None:
@@ -171,7 +172,7 @@ class LiveDisplay(Display):
         with contextlib.suppress(OSError):
             self._console.print(Text(text), soft_wrap=True)
 
-    def render(self) -> RenderableType:
+    def render(self) -> Segments:
         """Return what is to be drawn now."""
         now = self._clock()
         room = max(1, min(ROWS, self._console.height - _SUMS - 2))
@@ -181,23 +182,46 @@ class LiveDisplay(Display):
             shown = tuple(self._rows)
             tokens = self._tokens + sum(agent.tokens for agent in self._agents.values())
             cost = self._cost + sum(agent.usage.cost for agent in self._agents.values())
-            hidden = len(self._agents) - sum(agent.status is None for agent in shown)
+            hidden = len(self._agents) - sum(agent.outcome is None for agent in shown)
         if not self._total:
-            return ""
+            return _lines([])
         width = self._console.width
-        more = [Text(f"... and {hidden} more running or waiting", style="dim")] if hidden > 0 else []
         spent = spent_text(Usage(output_tokens=tokens, cost=cost))
-        completed = counts.total()
+        completed = sum(counts.values())
         states = [f"{counts[status]} {status_text(status)}" for status in OutcomeStatus if counts[status]]
         states += [f"{running} running", f"{self._total - completed - running} waiting"]
         pace = [duration_text(now - self._started), *_pace(completed, self._total, now - self._started)]
-        return Group(
-            _head(self._group_id, completed, self._total, width),
-            _one_line(", ".join(states)),
-            _one_line(", ".join([*pace, spent] if spent else pace)),
-            _table(shown, now, width),
-            *more,
-        )
+        lines = [
+            self._head(completed, width),
+            [_cell(", ".join(states), width)],
+            [_cell(", ".join([*pace, spent] if spent else pace), width)],
+            *_table(shown, now, width),
+        ]
+        if hidden > 0:
+            lines.append([_cell(f"... and {hidden} more running or waiting", width, "dim")])
+        return _lines(*lines)
+
+    def _head(self, completed: int, width: int) -> list[Segment]:
+        bar_width = min(30, width // 4)
+        bar = ProgressBar(total=self._total, completed=completed, width=bar_width)
+        count = f"{completed}/{self._total}"
+        name = harmless(self._group_id, ID_CHARACTERS if width >= 80 else 20)
+        room = max(1, width - bar_width - len(count) - 2 * len(_GAP.text))
+        return [_cell(name, room, "bold"), _GAP, *self._console.render(bar), _GAP, Segment(count)]
+
+
+_GAP: Final = Segment("  ")
+
+
+def _lines(*lines: Iterable[Segment]) -> Segments:
+    """Return lines, as narrow as they come: rich's own tables measure all their texts several times a frame."""
+    return Segments(part for line in lines for part in (*line, Segment.line()))
+
+
+def _cell(text: str, at_most: int, style: str = "") -> Segment:
+    """Return a text; if it is wider than *at_most* columns, as much of it as fits."""
+    fitting = text if cell_len(text) <= at_most else set_cell_size(text, at_most - 1) + "…"
+    return Segment(fitting, Style.parse(style))
 
 
 def _doing(event: ParallelEvent) -> str:
@@ -217,7 +241,7 @@ def _chosen(
     rows = list(shown)[:room]
     others = iter(agent for agent in sorted(moving, key=_runs_first) if agent not in rows) if room else iter(())
     for number, agent in enumerate(rows):
-        if agent.status is not None and now - agent.since >= LINGER_SECONDS:
+        if agent.outcome is not None and now - agent.since >= LINGER_SECONDS:
             rows[number] = next(others, agent)
     while len(rows) < room and (other := next(others, None)) is not None:
         rows.append(other)
@@ -229,6 +253,34 @@ def _runs_first(agent: _Agent) -> bool:
     return agent.run is None
 
 
+def _state(agent: _Agent, _now: float) -> str:
+    if agent.outcome is not None:
+        return status_text(agent.outcome.status).ljust(_STATE_COLUMNS)
+    return ("waiting" if agent.is_kept_waiting else "running").ljust(_STATE_COLUMNS)
+
+
+def _state_style(agent: _Agent) -> str:
+    if agent.outcome is not None:
+        return STYLES[agent.outcome.status]
+    return "yellow" if agent.is_kept_waiting else "cyan"
+
+
+def _seconds(agent: _Agent, now: float) -> str:
+    return duration_text(now - agent.since if agent.outcome is None else agent.outcome.duration_seconds)
+
+
+def _told(agent: _Agent, _now: float) -> str:
+    if agent.outcome is not None:
+        return error_line(agent.outcome)
+    if not agent.doing and agent.is_kept_waiting:
+        return "for a limit that it shares with others"
+    return agent.doing
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if value else ""
+
+
 @frozen
 class _Column:
     """A column of the rows.
@@ -236,87 +288,58 @@ class _Column:
     Attributes:
         name: What stands above it.
         from_width: From which width of the terminal on it is there.
-        cell: Makes what stands in it.
+        text: Tells what stands in it.
+        style: Tells how that looks.
         is_cut: Whether its texts are cut where there is no room; the others are short.
-        justify: To which side its texts stand.
-        style: How its texts look.
+        is_right: Whether its texts stand to the right.
     """
 
     name: str
     from_width: int
-    cell: Callable[[_Agent, float], Text]
+    text: Callable[[_Agent, float], str]
+    style: Callable[[_Agent], str] = lambda _: ""
     is_cut: bool = False
-    justify: Any = "left"
-    style: str = ""
+    is_right: bool = False
 
-
-def _state(agent: _Agent, _now: float) -> Text:
-    if agent.status is not None:
-        return _padded(status_text(agent.status), STYLES[agent.status])
-    return _padded("waiting", "yellow") if agent.is_kept_waiting else _padded("running", "cyan")
-
-
-def _padded(state: str, style: str) -> Text:
-    return Text(state.ljust(_STATE_COLUMNS), style=style)
-
-
-def _seconds(agent: _Agent, now: float) -> Text:
-    return Text(duration_text(agent.seconds if agent.status is not None else now - agent.since))
-
-
-def _told(agent: _Agent, _now: float) -> Text:
-    if not agent.doing and agent.status is None and agent.is_kept_waiting:
-        return Text("for a limit that it shares with others")
-    return Text(agent.doing)
-
-
-def _number(value: float) -> Text:
-    return Text(f"{value:g}" if value else "")
+    def padded(self, text: str, width: int, style: str) -> Segment:
+        """Return a text that fills the column."""
+        pad = " " * (width - cell_len(text))
+        return _cell(pad + text if self.is_right else text + pad, width, style)
 
 
 _COLUMNS: Final = (
-    _Column("state", 0, _state),
-    _Column("agent", 0, lambda agent, _: id_text(agent.agent_id), is_cut=True),
-    _Column("task", 60, lambda agent, _: id_text(agent.task_id), is_cut=True),
-    _Column("time", 30, _seconds, justify="right"),
-    _Column("turns", 100, lambda agent, _: _number(agent.usage.requests), justify="right"),
-    _Column("tokens", 80, lambda agent, _: _number(agent.tokens), justify="right"),
-    _Column("cost", 100, lambda agent, _: _number(round(agent.usage.cost, 4)), justify="right"),
-    _Column("", 70, _told, is_cut=True, style="dim"),
+    _Column("state", 0, _state, _state_style),
+    _Column("agent", 0, lambda agent, _: harmless(agent.agent_id, ID_CHARACTERS), is_cut=True),
+    _Column("task", 60, lambda agent, _: harmless(agent.task_id, ID_CHARACTERS), is_cut=True),
+    _Column("time", 30, _seconds, is_right=True),
+    _Column("turns", 100, lambda agent, _: _number(agent.usage.requests), is_right=True),
+    _Column("tokens", 80, lambda agent, _: _number(agent.tokens), is_right=True),
+    _Column("cost", 100, lambda agent, _: _number(round(agent.usage.cost, 4)), is_right=True),
+    _Column("", 70, _told, lambda _: "dim", is_cut=True),
 )
 
 
-def _table(shown: Iterable[_Agent], now: float, width: int) -> Table:
+def _table(shown: Iterable[_Agent], now: float, width: int) -> list[list[Segment]]:
     """Return the rows; columns for which no agent has anything, or there is no room, are left out."""
     agents = list(shown)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    columns: list[list[Text]] = []
-    for column in _COLUMNS:
-        cells = [column.cell(agent, now) for agent in agents]
-        if width < column.from_width or not any(cells):
-            continue
-        for cell in cells:
-            cell.no_wrap, cell.overflow = True, "ellipsis"
-        columns.append(cells)
-        table.add_column(
-            column.name,
-            no_wrap=not column.is_cut,  # rich takes room from columns that may wrap, and from others when none is left
-            justify=column.justify,
-            style=column.style,
-            min_width=None if column.is_cut else max(cell.cell_len for cell in cells),
-        )
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
-    return table
+    told = {column: [column.text(agent, now) for agent in agents] for column in _COLUMNS if width >= column.from_width}
+    texts = {column: texts for column, texts in told.items() if any(texts)}
+    widths = _widths({column: max(map(cell_len, [column.name, *texts[column]])) for column in texts}, width)
+    lines = [[column.padded(column.name, widths[column], "dim") for column in texts]]
+    for n, agent in enumerate(agents):
+        lines.append([column.padded(texts[column][n], widths[column], column.style(agent)) for column in texts])
+    return [[part for cell in line for part in (cell, _GAP)][:-1] for line in lines]
 
 
-def _head(group_id: str, completed: int, total: int, width: int) -> Table:
-    head = Table.grid(padding=(0, 2, 0, 0))
-    for _ in range(3):
-        head.add_column(no_wrap=True, overflow="ellipsis")
-    name = Text(harmless(group_id, ID_CHARACTERS if width >= 80 else 20), style="bold")
-    head.add_row(name, ProgressBar(total=total, completed=completed, width=min(30, width // 4)), f"{completed}/{total}")
-    return head
+def _widths(wanted: dict[_Column, int], width: int) -> dict[_Column, int]:
+    """Return how wide columns are: the widest of those that may be cut give way, until all fit."""
+    widths = dict(wanted)
+    cut = [column for column in widths if column.is_cut]
+    too_much = sum(widths.values()) + (len(widths) - 1) * len(_GAP.text) - width
+    for _ in range(too_much):
+        widest = max(cut, key=lambda column: widths[column])
+        widths[widest] = max(1, widths[widest] - 1)
+    return widths
 
 
 def _pace(completed: int, total: int, seconds: float) -> list[str]:
@@ -326,7 +349,3 @@ def _pace(completed: int, total: int, seconds: float) -> list[str]:
     rate = completed / seconds
     per = f"{rate:.3g} a second" if rate >= 1 else f"{60 * rate:.3g} a minute"
     return [per, f"about {duration_text((total - completed) / rate)} left"]
-
-
-def _one_line(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="ellipsis")

@@ -25,6 +25,7 @@ pytest.importorskip("cyclopts")
 pytest.importorskip("pyte")
 
 import pyte
+from rich.cells import cell_len
 from rich.console import Console
 from test_display import HOSTILE, steers_a_terminal
 
@@ -217,12 +218,31 @@ async def test_a_large_terminal_shows_no_more_than_a_dozen() -> None:
 async def test_a_narrow_terminal_has_fewer_columns_and_no_line_is_broken(width: int, names: list[str]) -> None:
     drawing = Drawing(width=width)
     engine = ScriptedEngine({"task-a": Act(usage=Usage(input_tokens=1, requests=1, cost=1))})
-    await drawing.run(engine, group_of(assignment("a"), assignment("b" * 100)))
+    await drawing.run(engine, group_of(assignment("a"), assignment("b" * 100), assignment("字" * 100)))
     lines = drawing.lines()
-    assert len(lines) == 4 + 2
-    assert all(len(line) <= width for line in lines)
+    assert len(lines) == 4 + 3
+    assert all(cell_len(line) <= width for line in lines)
     assert lines[3].split() == names
     assert lines[4].startswith("succeeded")
+
+
+@pytest.mark.anyio
+async def test_the_longest_texts_give_way_and_say_so() -> None:
+    drawing = Drawing(width=60)
+
+    async def fails(_: AgentAssignment) -> None:
+        raise ValueError("no " * 100)
+
+    await drawing.run(fails, ParallelExecutionGroup(group_id="g" * 100, assignments=[assignment("x" * 100)]))
+    head, _, _, names, row = drawing.lines()
+    assert head.split() == ["g" * 19 + "…", "━" * 15, "1/1"]
+    assert names.split() == ["state", "agent", "task", "time"]
+    state, agent, task, *_ = row.split()
+    assert state == "failed"
+    assert agent == "agent-" + "x" * (len(agent) - 7) + "…"
+    assert task == "task-" + "x" * (len(task) - 6) + "…"
+    assert abs(len(agent) - len(task)) <= 1
+    assert len(row) == 60
 
 
 @pytest.mark.anyio
