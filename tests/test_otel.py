@@ -21,6 +21,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Sampler, SamplingResult
 from opentelemetry.trace import StatusCode
 
 from parallel_agents import (
@@ -336,6 +337,36 @@ def receiver() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}/v1/traces"
         server.shutdown()
         thread.join()
+
+
+class RefusesAnAgent(Sampler):
+    """A sampler that is broken for one name."""
+
+    def should_sample(self, parent_context: Any, trace_id: int, name: str, *args: Any, **kwargs: Any) -> SamplingResult:
+        if name == "invoke_agent fails":
+            raise RuntimeError("broken")
+        return ALWAYS_ON.should_sample(parent_context, trace_id, name, *args, **kwargs)
+
+    def get_description(self) -> str:
+        return "broken for one name"
+
+
+async def test_an_agent_whose_span_could_not_start_leaves_the_one_around_it_alone(telemetry: Telemetry) -> None:
+    telemetry.tracer_provider.sampler = RefusesAnAgent()
+    observer = telemetry.observer()
+    inner = ParallelExecutor(engine=as_named, observers=[observer])
+
+    async def opens_a_group(task: AgentAssignment) -> object:
+        await inner.execute_group(group_of(assignment("fails"), group_id="inner"))
+        return await as_named(task)
+
+    await ParallelExecutor(engine=opens_a_group, observers=[observer]).execute_group(group_of(assignment("a")))
+    spans = telemetry.spans()
+    assert set(spans) == {"invoke_workflow g", "invoke_workflow inner", "invoke_agent a"}
+    assert spans["invoke_agent a"].status.status_code is StatusCode.UNSET
+    assert (spans["invoke_agent a"].attributes or {})["gen_ai.usage.input_tokens"] == 10
+    ended = {key: p.value for key, p in telemetry.metrics()["parallel_agents.agents"].items()}
+    assert ended == {("inner", "failed"): 1, ("g", "succeeded"): 1}
 
 
 async def test_spans_arrive_at_a_receiver_of_otlp(receiver: str) -> None:

@@ -5,19 +5,18 @@ whose status is "development"; they are constants here, so that a change of thei
 and metrics go is the application's choice: this module sets up no provider and no exporter.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 from attrs.validators import optional
 
 from .._checks import not_blank
-from .._context import current_run
-from .._models import AgentIdentity
+from .._context import RunContext, current_run
 from .._outcomes import OutcomeStatus
 from ..events import (
     ASYNCIO_AGENT_LEFT,
@@ -100,21 +99,29 @@ class _Names:
     workflow_name: str | None = field(validator=optional(not_blank))
 
 
-@frozen(eq=False)
+@define(eq=False)
 class _GroupTrace:
-    """A group that runs, in the context of which its agents are."""
+    """A group that runs, in the context of which its agents are.
+
+    Attributes:
+        failed: How many of its agents started and did not end well.
+    """
 
     span: Span
-    ended: Counter[str]
+    failed: int = 0
 
 
-@frozen(eq=False)
+@define(eq=False)
 class _AgentTrace:
-    """An agent that runs."""
+    """An agent that runs.
+
+    Attributes:
+        here: The context in which its span is the current one.
+    """
 
     span: Span
-    group: _GroupTrace | None
-    task_id: str | None
+    here: Context
+    run: RunContext
 
 
 _group: ContextVar[_GroupTrace | None] = ContextVar("parallel_agents_otel_group", default=None)
@@ -164,10 +171,10 @@ class OpenTelemetryObserver:
         library = version("parallel-agents")
         self._tracer = trace.get_tracer("parallel_agents", library, tracer_provider)
         meter = metrics.get_meter("parallel_agents", library, meter_provider)
-        self._running: Counter[str] = Counter()
-        self._ended: Counter[tuple[str, str]] = Counter()
-        self._tokens: Counter[tuple[str, str]] = Counter()
-        self._cost: dict[str, float] = {}
+        self._running: defaultdict[str, int] = defaultdict(int)
+        self._ended: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self._tokens: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self._cost: defaultdict[str, float] = defaultdict(float)
         self._durations = meter.create_histogram(
             "parallel_agents.agent.duration",
             unit="s",
@@ -219,14 +226,14 @@ class OpenTelemetryObserver:
         if event.fields["agent_count"] is not None:
             attributes[AGENT_COUNT] = event.fields["agent_count"]
         span = self._tracer.start_span(f"invoke_workflow {workflow}", kind=SpanKind.INTERNAL, attributes=attributes)
-        _group.set(_GroupTrace(span, Counter()))
+        _group.set(_GroupTrace(span))
         context.attach(trace.set_span_in_context(span))
 
     def _end_group(self, event: ParallelEvent) -> None:
         group = _group.get()
         if group is None:
             return
-        never_started = event.fields["failed"] - sum(n for status, n in group.ended.items() if status not in _WELL)
+        never_started = event.fields["failed"] - group.failed
         if never_started > 0:
             self._ended[self._workflow(event), NOT_STARTED] += never_started
         status = event.fields["status"]
@@ -237,67 +244,66 @@ class OpenTelemetryObserver:
         group.span.end()
 
     def _start_agent(self, event: ParallelEvent) -> None:
-        _agent.set(None)
         run = current_run()
         workflow, identity = self._workflow(event), run.assignment.identity
         self._running[workflow] += 1
-        span = self._tracer.start_span(
-            f"invoke_agent {identity.name}",
-            kind=SpanKind.INTERNAL,
-            attributes=self._facts(identity, workflow, str(event.task_id)),
-        )
-        _agent.set(_AgentTrace(span, _group.get(), event.task_id))
-        here = trace.set_span_in_context(span)
-        context.attach(here)
-        run.program_env = partial(_program_env, run.program_env, here)
-
-    def _facts(self, identity: AgentIdentity, workflow: str, task_id: str) -> dict[str, str]:
         facts = {
             OPERATION: "invoke_agent",
             PROVIDER: self._names.provider_name,
             WORKFLOW: workflow,
             AGENT_ID: identity.id,
             AGENT_NAME: identity.name,
-            TASK_ID: task_id,
+            TASK_ID: str(event.task_id),
         }
         if identity.model is not None:
             facts[MODEL] = identity.model
-        return facts
+        around = context.get_current()
+        span = self._tracer.start_span(f"invoke_agent {identity.name}", around, SpanKind.INTERNAL, facts)
+        here = trace.set_span_in_context(span, around)
+        context.attach(here)
+        _agent.set(_AgentTrace(span, here, run))
+        run.program_env = partial(_program_env, run.program_env, here)
 
     def _end_agent(self, event: ParallelEvent) -> None:
-        agent, fields, workflow = _agent.get(), event.fields, self._workflow(event)
+        agent, fields, workflow = _trace_of(current_run()), event.fields, self._workflow(event)
         status = fields["status"]
         self._running[workflow] -= 1
         self._ended[workflow, status] += 1
-        self._durations.record(fields["duration_seconds"], {WORKFLOW: workflow, STATUS: status})
+        here = None if agent is None else agent.here
+        self._durations.record(fields["duration_seconds"], {WORKFLOW: workflow, STATUS: status}, here)
         if tokens := fields["input_tokens"]:
             self._tokens[workflow, "input"] += tokens
         if tokens := fields["output_tokens"]:
             self._tokens[workflow, "output"] += tokens
         if cost := fields["cost"]:
-            self._cost[workflow] = self._cost.get(workflow, 0.0) + cost
-        if agent is None:
-            return
-        if agent.group is not None:
-            agent.group.ended[status] += 1
-        _end_span(agent.span, fields)
+            self._cost[workflow] += cost
+        if status not in _WELL and (group := _group.get()) is not None:
+            group.failed += 1
+        if agent is not None:
+            _end_span(agent, fields)
 
 
-def _end_span(span: Span, fields: Mapping[str, Any]) -> None:
-    status = fields["status"]
-    attributes: dict[str, Any] = {STATUS: status}
-    if (attempts := current_run().attempt) > 1:
-        attributes[ATTEMPTS] = attempts
+def _end_span(agent: _AgentTrace, fields: Mapping[str, Any]) -> None:
+    span, status = agent.span, fields["status"]
+    span.set_attribute(STATUS, status)
+    if (attempts := agent.run.attempt) > 1:
+        span.set_attribute(ATTEMPTS, attempts)
     if fields["input_tokens"] or fields["output_tokens"]:
-        attributes[INPUT_TOKENS], attributes[OUTPUT_TOKENS] = fields["input_tokens"], fields["output_tokens"]
+        span.set_attribute(INPUT_TOKENS, fields["input_tokens"])
+        span.set_attribute(OUTPUT_TOKENS, fields["output_tokens"])
     if fields["cost"]:
-        attributes[COST] = fields["cost"]
+        span.set_attribute(COST, fields["cost"])
     if status not in _WELL:
         is_late = status == OutcomeStatus.TIMED_OUT
-        attributes[ERROR_TYPE] = "timeout" if is_late else fields.get("error_type") or status
+        span.set_attribute(ERROR_TYPE, "timeout" if is_late else fields.get("error_type") or status)
         span.set_status(Status(StatusCode.ERROR, fields.get("error")))
-    span.set_attributes(attributes)
     span.end()
+
+
+def _trace_of(run: RunContext) -> _AgentTrace | None:
+    """Return the trace of an agent; the one that is found may be of the agent around it, if its own failed to start."""
+    agent = _agent.get()
+    return agent if agent is not None and agent.run is run else None
 
 
 def _program_env(others: Callable[[], Mapping[str, str]], here: Context) -> dict[str, str]:
@@ -310,7 +316,7 @@ def _program_env(others: Callable[[], Mapping[str, str]], here: Context) -> dict
 def _mark(event: ParallelEvent) -> None:
     """Make a span event of what happened to an agent that runs; one that waits has no span yet."""
     agent = _agent.get()
-    if agent is not None and agent.task_id == event.task_id:
+    if agent is not None and agent.run.assignment.task_id == event.task_id:
         told = {name: value for name, value in event.fields.items() if isinstance(value, str | int | float | bool)}
         agent.span.add_event(event.name, told)
 
