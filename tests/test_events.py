@@ -1,6 +1,7 @@
 """Events: a start and an end for everything, on every path; and text from outside that stays text."""
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -9,7 +10,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from attrs import define, field
+from attrs import define, field, fields
+from attrs.exceptions import FrozenInstanceError
 from groups import assignment, group_of
 from loguru import logger
 
@@ -209,6 +211,16 @@ async def test_an_observer_that_names_what_it_wants_is_told_of_nothing_else() ->
     assert picky.seen == everything.of(events.PARALLEL_AGENT_COMPLETE)
     assert everything.of(events.PARALLEL_PROGRESS_UPDATE)
     assert deaf.seen == []
+
+
+async def test_what_an_observer_is_told_is_a_value_like_any_other() -> None:
+    recorder = Recorder()
+    await ParallelExecutor(engine=fine, observers=[recorder]).execute_group(group_of(1))
+    for event in recorder.seen:
+        made = {a.name: getattr(event, a.name) for a in fields(ParallelEvent)}
+        assert pickle.loads(pickle.dumps(event)) == event == ParallelEvent(**made)
+        with pytest.raises(FrozenInstanceError):
+            event.name = "other"  # type: ignore[misc]
 
 
 async def test_an_observer_is_told_in_the_context_of_what_it_is_about() -> None:

@@ -265,7 +265,9 @@ class OpenTelemetryObserver:
         run.program_env = partial(_program_env, run.program_env, here)
 
     def _end_agent(self, event: ParallelEvent) -> None:
-        agent, fields, workflow = _trace_of(current_run()), event.fields, self._workflow(event)
+        agent, fields, workflow = _agent.get(), event.fields, self._workflow(event)
+        if agent is not None and agent.run is not current_run():
+            agent = None  # it is the one around this agent, whose own span could not start
         status = fields["status"]
         self._running[workflow] -= 1
         self._ended[workflow, status] += 1
@@ -298,12 +300,6 @@ def _end_span(agent: _AgentTrace, fields: Mapping[str, Any]) -> None:
         span.set_attribute(ERROR_TYPE, "timeout" if is_late else fields.get("error_type") or status)
         span.set_status(Status(StatusCode.ERROR, fields.get("error")))
     span.end()
-
-
-def _trace_of(run: RunContext) -> _AgentTrace | None:
-    """Return the trace of an agent; the one that is found may be of the agent around it, if its own failed to start."""
-    agent = _agent.get()
-    return agent if agent is not None and agent.run is run else None
 
 
 def _program_env(others: Callable[[], Mapping[str, str]], here: Context) -> dict[str, str]:
