@@ -17,7 +17,7 @@ def test_random_groups_end_as_the_model_says(backend: Backend, proof: Proof) -> 
     tally = proof.tally("random groups against a reference model")
     seen: Counter[OutcomeStatus] = Counter()
     first = proof.seed * 1_000_000
-    for seed in range(first, first + proof.size(few=60, short=400, long=10_800)):
+    for seed in range(first, first + proof.size(few=60, short=400, long=11_800)):
         plan = plan_of(seed)
         if not plan.has_end:
             continue
