@@ -44,7 +44,7 @@ async def main():
     executor = ParallelExecutor(engine=engine, resource_lock=PostgresResourceLock(store))
     (await executor.execute_group(group)).raise_for_failures()
 
-with PostgresStore(url, lease_seconds=3.0) as store:
+with PostgresStore(url, lease_seconds=5.0) as store:
     anyio.run(main, backend=backend)
 """
 
