@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -25,9 +26,14 @@ from parallel_agents.journals.postgres import PostgresJournal
 from parallel_agents.locks.postgres import PostgresResourceLock
 from parallel_agents.postgres import PostgresStore
 
-_, url, backend, name, *order = sys.argv
+_, url, backend, name, hangs_after, *order = sys.argv
+started = 0
 
 async def agent(assignment):
+    global started
+    started += 1
+    if started > int(hangs_after):
+        await anyio.sleep_forever()
     current_run().record_usage(Usage(cost=1.0))
     await anyio.lowlevel.checkpoint()
     return name
@@ -51,14 +57,25 @@ with PostgresStore(url, lease_seconds=5.0) as store:
 SECONDS = 600.0
 
 
-def driver(url: str, backend: str, name: str, order: list[int]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", PROGRAM, url, backend, name, *map(str, order)]
+def driver(
+    url: str, backend: str, name: str, order: list[int], hangs_after: int | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a driver; from some agent on, its agents may hang until it is killed."""
+    hangs = len(order) * 9 if hangs_after is None else hangs_after
+    command = [sys.executable, "-c", PROGRAM, url, backend, name, str(hangs), *map(str, order)]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def counted(postgres: PostgresServer, query: str) -> int:
     ((count,),) = postgres.execute(query)
     return int(str(count))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,14 +90,16 @@ def test_each_agent_of_two_drivers_has_one_committed_outcome_also_if_one_is_kill
     done = "SELECT count(*) FROM parallel_agents.attempts WHERE status = 'succeeded'"
     random = Random(proof.seed)
     order = random.sample(range(count), count)
-    kills = [count * part // 4 for part in (1, 2, 3)]
+    by_killed, by_lasting = (f"{done} AND content LIKE '%{name}%'" for name in ("killed", "lasting"))
+    quarter = count // 4
     with tally.run(backend, f"{count} agents"):
-        lasting = driver(url, backend, "lasting", order[::-1])
-        killed = driver(url, backend, "killed", order)
+        lasting = killed = driver(url, backend, "killed", order, hangs_after=quarter)
         try:
-            for when in kills:
-                while counted(postgres, done) < when and killed.poll() is None:
-                    assert lasting.poll() in {None, 0}
+            wait_for(lambda: counted(postgres, by_killed) == quarter)
+            lasting = driver(url, backend, "lasting", order[::-1])
+            wait_for(lambda: counted(postgres, by_lasting) > 0)
+            for part in (1, 2, 3):
+                while counted(postgres, done) < part * quarter and killed.poll() is None:
                     time.sleep(0.02)
                 killed.kill()
                 killed.wait()
@@ -94,8 +113,7 @@ def test_each_agent_of_two_drivers_has_one_committed_outcome_also_if_one_is_kill
         assert postgres.execute(commits) == [(count, count)]
         assert counted(postgres, "SELECT count(*) FROM parallel_agents.tickets") == 0
         starts = counted(postgres, "SELECT count(*) FROM parallel_agents.attempts")
-        by_killed = counted(postgres, f"{done} AND content LIKE '%killed%'")
+        ended = counted(postgres, by_killed)
+    assert quarter <= ended < count
     assert starts >= count
-    tally.remarks.append(
-        f"{count:,} agents on {backend} were started {starts:,} times, {by_killed:,} ended by the killed"
-    )
+    tally.remarks.append(f"{count:,} agents on {backend} were started {starts:,} times, {ended:,} ended by the killed")
