@@ -1,21 +1,25 @@
 """What Temporal adds to an agent that does nothing: through TemporalEngine, and submitted by hand, on the same server.
 
 Starts the development server, which needs the dependency group ``temporal``; ``--synced`` lets its database wait for
-the disk, as it does for everybody else. ``--in-flight`` measures the memory of agents that wait, instead.
+the disk, as it does for everybody else. ``--in-flight`` measures the memory of waiting agents instead, in a driver and
+a worker of their own.
 
     python benchmarks/cluster_temporal.py --count 200
 """
 
 import argparse
 import asyncio
+import multiprocessing
 import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from temporalio import activity, workflow
@@ -31,19 +35,18 @@ from parallel_agents import (
     Task,
 )
 from parallel_agents.engines._temporal_worker import Agents
+from parallel_agents.engines.rate_limit import RateLimit, RateLimitedEngine
 from parallel_agents.engines.temporal import TemporalEngine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from temporal_server import TemporalServer  # pyright: ignore[reportMissingImports] - from the tests
 
+HOUR = 3600.0
+
 
 async def nothing(assignment: AgentAssignment) -> str:
     return assignment.task_id
-
-
-async def wait(assignment: AgentAssignment) -> None:
-    await asyncio.sleep(float(str(assignment.task.inputs["seconds"])))
 
 
 @activity.defn
@@ -58,8 +61,8 @@ class ByHand:
         return await workflow.execute_activity(by_hand_activity, text, start_to_close_timeout=timedelta(minutes=1))
 
 
-def group_of(count: int, at_once: int | None, **inputs: object) -> ParallelExecutionGroup:
-    tasks = [Task(id=f"t{n}", inputs=inputs) for n in range(count)]
+def group_of(count: int, at_once: int | None) -> ParallelExecutionGroup:
+    tasks = [Task(id=f"t{n}") for n in range(count)]
     identity = AgentIdentity(id="a")
     return ParallelExecutionGroup.map(f"g-{secrets.token_hex(4)}", identity, tasks, max_concurrency=at_once)
 
@@ -105,24 +108,62 @@ async def overhead(address: str, count: int, at_once: int) -> None:
             print(f"{name:24}{alone:10.3f}{hand:10.1f}{ours:10.1f}{ours / hand:12.2f}")
 
 
-def resident_kilobytes() -> int:
-    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+async def drive(address: str, count: int, per_second: float) -> None:
+    """Have agents started, until this process is killed."""
+    client = await Client.connect(address)
+    engine = TemporalEngine(client, "ours", progress_seconds=HOUR, heartbeat_timeout_seconds=HOUR)
+    await ParallelExecutor(engine=RateLimitedEngine(engine, RateLimit(per_second, per_seconds=1))).execute_group(
+        group_of(count, None)
+    )
+
+
+async def work(address: str, running: "Synchronized[int]") -> None:
+    """Run agents that never end, until this process is killed."""
+
+    async def wait(_: AgentAssignment) -> None:
+        running.value += 1
+        await asyncio.Event().wait()
+
+    async with workers_of(await Client.connect(address), Agents(FunctionEngine(wait), heartbeat_seconds=HOUR)):
+        await asyncio.Event().wait()
+
+
+def run_async(function: Callable[..., Coroutine[object, object, None]], *args: object) -> None:
+    asyncio.run(function(*args))
+
+
+def resident_kilobytes(process: BaseProcess) -> int:
+    for line in Path(f"/proc/{process.pid}/status").read_text("utf-8").splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1])
     raise RuntimeError("no VmRSS")
 
 
-async def memory(address: str, count: int, seconds: float) -> None:
-    """Driver and worker in one process: how much an agent in flight takes of both."""
-    client = await Client.connect(address)
-    before = resident_kilobytes()
-    engine = TemporalEngine(client, "ours", progress_seconds=seconds, heartbeat_timeout_seconds=10 * seconds)
-    async with workers_of(client, Agents(FunctionEngine(wait), heartbeat_seconds=seconds)):
-        async with ParallelExecutor(engine=engine).open_group(group_of(count, None, seconds=seconds)) as run:
-            await asyncio.sleep(seconds * 0.9)
-            used = resident_kilobytes() - before
-            print(f"{run.progress.in_progress} in flight: {used / count:.0f} kB each, driver and worker together")
-        run.result.raise_for_failures()
+def memory(address: str, count: int, per_second: float) -> None:
+    """How much an agent in flight takes of its driver and of its worker, counted from the first tenth on."""
+    spawn = multiprocessing.get_context("spawn")
+    running = spawn.Value("i", 0)
+    driver = spawn.Process(target=run_async, args=(drive, address, count, per_second))
+    worker = spawn.Process(target=run_async, args=(work, address, running))
+    print(f"{'in flight':>10}{'driver kB':>12}{'each':>8}{'worker kB':>12}{'each':>8}")
+    first: tuple[int, int, int] | None = None
+    try:
+        driver.start()
+        worker.start()
+        for step in range(1, 11):
+            while running.value < count * step // 10:
+                if not (driver.is_alive() and worker.is_alive()):
+                    raise RuntimeError(f"the driver or the worker has ended, with {running.value} in flight")
+                time.sleep(0.1)
+            now = running.value, resident_kilobytes(driver), resident_kilobytes(worker)
+            first = first or now
+            more = now[0] - first[0]
+            each = [f"{(b - a) / more:8.0f}" if more else f"{'':8}" for a, b in zip(first[1:], now[1:], strict=True)]
+            print(f"{now[0]:10}{now[1]:12}{each[0]}{now[2]:12}{each[1]}", flush=True)
+    finally:
+        for process in (driver, worker):
+            process.kill()
+            process.join()
 
 
 def main() -> None:
@@ -130,7 +171,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=100)
     parser.add_argument("--synced", action="store_true")
-    parser.add_argument("--in-flight", type=float, metavar="SECONDS", help="how long each of --count agents waits")
+    parser.add_argument("--in-flight", type=float, metavar="N", help="start N of --count waiting agents per second")
     chosen = parser.parse_args()
     polls = None if chosen.in_flight is None else 3 * chosen.count  # each agent that is waited for is one
     with (
@@ -140,7 +181,7 @@ def main() -> None:
         if chosen.in_flight is None:
             asyncio.run(overhead(server.address, chosen.count, chosen.at_once))
         else:
-            asyncio.run(memory(server.address, chosen.count, chosen.in_flight))
+            memory(server.address, chosen.count, chosen.in_flight)
 
 
 if __name__ == "__main__":
