@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from temporal_server import (
@@ -25,7 +27,14 @@ from temporal_server import (
     free_port,
     make_engine,
 )
-from temporalio.client import Client, WorkflowFailureError
+from temporalio.client import (
+    Client,
+    Interceptor,
+    OutboundInterceptor,
+    StartWorkflowInput,
+    WorkflowFailureError,
+    WorkflowHandle,
+)
 from temporalio.service import RPCError, RPCStatusCode
 
 from parallel_agents import (
@@ -312,6 +321,101 @@ async def test_an_agent_outlives_a_server_that_is_killed(own_server: TemporalSer
         assert outcome.is_success, outcome.error
         assert outcome.usage == Usage(requests=1)
         assert len(diary.lines("started")) == 1
+
+
+class BadConnection(Interceptor):
+    """What the server says to starts of workflows does not arrive.
+
+    Args:
+        answers: How many answers are lost, after a workflow was started.
+        requests: How many requests are lost before that.
+    """
+
+    def __init__(self, *, answers: float = 0, requests: float = 0) -> None:
+        self.answers = answers
+        self.requests = requests
+        self.asked = 0
+
+    def intercept_client(self, next: OutboundInterceptor) -> OutboundInterceptor:  # noqa: A002 - Temporal's name
+        """Stand before what starts workflows."""
+        return BadStarts(next, self)
+
+    async def connect(self, address: str) -> Client:
+        return await Client.connect(address, interceptors=[self])
+
+
+class BadStarts(OutboundInterceptor):
+    def __init__(self, next: OutboundInterceptor, connection: BadConnection) -> None:  # noqa: A002 - Temporal's name
+        super().__init__(next)
+        self._connection = connection
+
+    async def start_workflow(self, input: StartWorkflowInput) -> WorkflowHandle[Any, Any]:  # noqa: A002 - the same
+        """Start it, unless the request is lost; and say so, unless the answer is."""
+        self._connection.asked += 1
+        if self._connection.requests:
+            self._connection.requests -= 1
+            raise RPCError("tcp connect error", RPCStatusCode.UNAVAILABLE, b"")
+        handle = await super().start_workflow(input)
+        if self._connection.answers:
+            self._connection.answers -= 1
+            raise RPCError("Timeout expired", RPCStatusCode.CANCELLED, b"")
+        return handle
+
+
+async def connect_badly(server: TemporalServer, **lost: float) -> Client:
+    return await anyio.to_thread.run_sync(asyncio.run, BadConnection(**lost).connect(server.address))
+
+
+def tasks_of(backend: str) -> set["asyncio.Task[Any]"]:
+    """Return asyncio's tasks of this thread; on trio, all of them run in another one, which has ended."""
+    return asyncio.all_tasks() if backend == "asyncio" else set()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("do", "error"), [("return", None), ("fail", "RemoteAgentError: ValueError: it does not work")]
+)
+async def test_one_whose_start_was_not_answered_runs_once(
+    server: TemporalServer, worker: TemporalWorker, diary: Diary, do: str, error: str | None
+) -> None:
+    client = await connect_badly(server, requests=1, answers=1)
+    told = Told()
+    (outcome,) = await outcomes_of(engine_for(client, worker), [assignment(do, diary)], told)
+    assert outcome.error == error
+    assert told.reasons == []
+    assert len(diary.lines("started")) == 1
+
+
+@pytest.mark.anyio
+async def test_one_that_runs_anew_and_whose_start_was_not_answered_runs_once(
+    server: TemporalServer, client: Client, worker: TemporalWorker, diary: Diary
+) -> None:
+    badly, told, execution = await connect_badly(server, answers=1), Told(), secrets.token_hex(4)
+    await outcomes_of(engine_for(client, worker, execution), [assignment("return", diary)])
+    work = group([assignment("wait until told", diary)])
+    with anyio.fail_after(SECONDS):
+        async with ParallelExecutor(engine=engine_for(badly, worker, execution), observers=[told]).open_group(work):
+            await diary.wait_for("started", count=2)
+            diary.note("go")
+    assert told.reasons == ["changed"]
+    assert len(diary.lines("started")) == 2
+
+
+@pytest.mark.anyio
+async def test_one_whose_start_nobody_answers_is_cancelled_and_asks_no_more(
+    server: TemporalServer, worker: TemporalWorker, diary: Diary, anyio_backend_name: str
+) -> None:
+    connection = BadConnection(requests=math.inf)
+    client = await anyio.to_thread.run_sync(asyncio.run, connection.connect(server.address))
+    engine, before = engine_for(client, worker, cancel_seconds=0.3), tasks_of(anyio_backend_name)
+    with anyio.fail_after(SECONDS):
+        async with ParallelExecutor(engine=engine).open_group(group([assignment("return", diary)])) as run:
+            while not connection.asked:  # noqa: ASYNC110 - on trio, another thread asks
+                await anyio.sleep(0.01)
+            run.cancel()
+    assert run.result.outcomes[0].error == f"Cancelled: cancel() was called. {unconfirmed(0.3)}"
+    await anyio.lowlevel.checkpoint()
+    assert tasks_of(anyio_backend_name) == before
 
 
 @pytest.mark.anyio

@@ -4,14 +4,22 @@ import asyncio  # noqa: TID251 - Temporal's client runs on nothing else
 import atexit
 import builtins
 import functools
+import secrets
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import evolve, field, frozen
 from attrs.validators import optional
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
+from temporalio.client import (
+    Client,
+    WorkflowExecutionDescription,
+    WorkflowExecutionStatus,
+    WorkflowFailureError,
+    WorkflowHandle,
+)
 from temporalio.common import RawValue, WorkflowIDReusePolicy
 from temporalio.exceptions import (
     ActivityError,
@@ -33,8 +41,13 @@ from ._remote import Account, EndingKind, Order, VersionMismatchError, WorkerLos
 from ._temporal import UNSUCCESSFUL, AgentWorkflow, News, Starts, own_queue, raw, starts_in, text_of
 from .journal import fingerprint
 
+T = TypeVar("T")
+
 WORK = "parallel_agents.work"
 """The key of the workflow's memo that tells its work from another's."""
+
+CALL = "parallel_agents.call"
+"""The key of the workflow's memo that tells which call started it."""
 
 AGAIN_SECONDS = 1.0
 """How long a driver waits before it asks a server again that did not answer."""
@@ -106,6 +119,7 @@ class Call:
         self._run = run
         self._account = Account(run)
         self._start = ""
+        self._token = secrets.token_hex(8)
         self._told: set[tuple[str, News]] = set()
         self._id = workflow_id(settings.execution or run.group_id, run.assignment.task_id)
 
@@ -124,6 +138,7 @@ class Call:
         finally:
             self.is_over = ending.done()
             if not self.is_over:
+                starting.cancel()
                 ending.cancel()
                 _let_requests_end_before_the_program()
             self._account.wait(is_waiting=False)
@@ -140,23 +155,39 @@ class Call:
                 await asyncio.wait([ending])
 
     async def _started_or_found(self, order: RawValue) -> WorkflowHandle[Any, Any]:
-        """Start the agent, unless one with the same work runs or has succeeded."""
-        work = fingerprint(self._run.assignment, self._run.upstream, self._settings.version)
-        try:
-            return await self._started(order, work, WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY)
-        except WorkflowAlreadyStartedError as error:
-            handle = self._settings.client.get_workflow_handle(self._id, run_id=error.run_id, result_type=RawValue)
-        known = await handle.describe()
-        is_running = known.status is WorkflowExecutionStatus.RUNNING
-        if (await known.memo()).get(WORK) == work:
-            self._run.emit(PARALLEL_AGENT_RESUMED, reason="running" if is_running else "recorded")
-            return handle
-        if is_running:
-            raise AnotherAgentRunsError(self._id)
-        self._run.emit(PARALLEL_AGENT_RESUMED, reason="changed")
-        return await self._started(order, work, WorkflowIDReusePolicy.ALLOW_DUPLICATE)
+        """Start the agent, unless one with the same work runs or has succeeded.
 
-    async def _started(
+        What became of a start that nobody answered is looked up before it is tried again.
+        """
+        work = fingerprint(self._run.assignment, self._run.upstream, self._settings.version)
+        id_reuse_policy = WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY
+        while True:
+            try:
+                return await self._start_workflow(order, work, id_reuse_policy)
+            except WorkflowAlreadyStartedError:
+                known = await self._last_known()
+            except RPCError as error:
+                await _wait_after(error)
+                known = await self._last_known()
+            if known is None:
+                continue
+            memo, client = await known.memo(), self._settings.client
+            handle = client.get_workflow_handle(self._id, run_id=known.run_id, result_type=RawValue)
+            if memo.get(CALL) == self._token:
+                return handle
+            is_running = known.status is WorkflowExecutionStatus.RUNNING
+            if not is_running and known.status is not WorkflowExecutionStatus.COMPLETED:
+                continue
+            if memo.get(WORK) == work:
+                self._run.emit(PARALLEL_AGENT_RESUMED, reason="running" if is_running else "recorded")
+                return handle
+            if is_running:
+                raise AnotherAgentRunsError(self._id)
+            if id_reuse_policy is not WorkflowIDReusePolicy.ALLOW_DUPLICATE:
+                self._run.emit(PARALLEL_AGENT_RESUMED, reason="changed")
+                id_reuse_policy = WorkflowIDReusePolicy.ALLOW_DUPLICATE
+
+    async def _start_workflow(
         self, order: RawValue, work: str, id_reuse_policy: WorkflowIDReusePolicy
     ) -> WorkflowHandle[Any, Any]:
         return await self._settings.client.start_workflow(
@@ -165,8 +196,17 @@ class Call:
             id=self._id,
             task_queue=self._settings.task_queue,
             id_reuse_policy=id_reuse_policy,
-            memo={WORK: work},
+            memo={WORK: work, CALL: self._token},
         )
+
+    async def _last_known(self) -> WorkflowExecutionDescription | None:
+        """Return what the server knows of the agent's last workflow; None if it had none yet."""
+        try:
+            return await _answer_to(self._settings.client.get_workflow_handle(self._id).describe)
+        except RPCError as error:
+            if error.status is RPCStatusCode.NOT_FOUND:
+                return None
+            raise
 
     async def _end_of(self, starting: "asyncio.Task[WorkflowHandle[Any, Any]]") -> AgentRunResult[Any]:
         """Wait for the agent's end, and return its result."""
@@ -239,21 +279,32 @@ def workflow_id(execution: str, task_id: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-async def _result_of(handle: WorkflowHandle[Any, Any]) -> tuple[Starts, BaseException | None]:
-    """Wait for the end of a workflow; return what is known of its agent, and the error if it did not end by itself."""
+async def _answer_to(ask: Callable[[], Awaitable[T]]) -> T:
+    """Ask a server until it answers: it may be restarting, or have too much to do, or an answer may have been lost."""
     while True:
         try:
-            return unpack(Starts, text_of(await handle.result()), "worker"), None
+            return await ask()
         except RPCError as error:
-            if error.status in FOR_GOOD:
-                raise
-            await asyncio.sleep(AGAIN_SECONDS)
-        except WorkflowFailureError as error:
-            cause = error.cause.cause if isinstance(error.cause, ActivityError) else error.cause
-            if isinstance(cause, CancelledError):
-                raise asyncio.CancelledError from error
-            if isinstance(cause, TimeoutError):
-                return starts_in(cause.last_heartbeat_details), cause
-            if isinstance(cause, ApplicationError):
-                return starts_in(cause.details), None if cause.type == UNSUCCESSFUL else cause
-            return Starts(), cause
+            await _wait_after(error)
+
+
+async def _wait_after(error: RPCError) -> None:
+    """Wait until the server may be asked again; raise what it would only repeat."""
+    if error.status in FOR_GOOD:
+        raise error
+    await asyncio.sleep(AGAIN_SECONDS)
+
+
+async def _result_of(handle: WorkflowHandle[Any, Any]) -> tuple[Starts, BaseException | None]:
+    """Wait for the end of a workflow; return what is known of its agent, and the error if it did not end by itself."""
+    try:
+        return unpack(Starts, text_of(await _answer_to(handle.result)), "worker"), None
+    except WorkflowFailureError as error:
+        cause = error.cause.cause if isinstance(error.cause, ActivityError) else error.cause
+        if isinstance(cause, CancelledError):
+            raise asyncio.CancelledError from error
+        if isinstance(cause, TimeoutError):
+            return starts_in(cause.last_heartbeat_details), cause
+        if isinstance(cause, ApplicationError):
+            return starts_in(cause.details), None if cause.type == UNSUCCESSFUL else cause
+        return Starts(), cause

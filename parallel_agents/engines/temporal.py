@@ -104,7 +104,7 @@ class TemporalEngine:
             VersionMismatchError: If its worker runs another version of the library.
             AnotherAgentRunsError: If other work of the same name runs.
             PayloadTooLargeError: If it is too large to be sent, together with what it depends on.
-            RPCError: If the server refuses it, or cannot be reached when it is to start.
+            RPCError: If the server refuses it. One that does not answer is asked again until it does.
             LookupError: Outside an engine call of an executor.
         """
         call: Call | None = None
