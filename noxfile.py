@@ -78,6 +78,12 @@ ON_TEMPORAL = [
 ]
 """Files that need 95 % in the session ``temporal``, which alone has a server to run them with."""
 
+SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+"""Runs the tests of several files at the same time; many wait for programs and servers. ``-- -n0`` turns it off."""
+
+WITHOUT_INTEGRATION = ["-m", "not integration"]
+"""For all Pythons but the first: what needs a database server, or kills many processes, is run on one."""
+
 TESTED_EXTRAS = [
     *EXTRAS["cli"],
     *EXTRAS["retry"],
@@ -183,12 +189,18 @@ def build(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, requires=["build"])
 def tests(session: nox.Session) -> None:
-    """Run the tests against the wheel, on asyncio and trio; the proofs in short on one Python, less elsewhere."""
+    """Run the tests against the wheel, on asyncio and trio; with all integration on the first Python only.
+
+    The proofs are short on the last one, and less elsewhere.
+    """
     _install_wheel(session, *TESTED_EXTRAS, *_group("tests"))
     _install_browser(session)
-    _install_postgres(session)
+    marked = WITHOUT_INTEGRATION
+    if session.python == PYTHONS[0]:
+        marked = []
+        _install_postgres(session)
     proof = "short" if session.python == PYTHONS[-1] else "few"
-    session.run("pytest", f"--proof={proof}", *session.posargs, env=SAFE_PATH)
+    session.run("pytest", f"--proof={proof}", *marked, *SIDE_BY_SIDE, *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[-1], requires=["build"])
@@ -198,8 +210,7 @@ def no_trio(session: nox.Session) -> None:
     _install_wheel(session, *extras, *_group("tests"))
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('trio') is None", env=SAFE_PATH)
     _install_browser(session)
-    _install_postgres(session)
-    session.run("pytest", "-rfE", "--proof=few", *session.posargs, env=SAFE_PATH)
+    session.run("pytest", "-rfE", "--proof=few", *WITHOUT_INTEGRATION, *SIDE_BY_SIDE, *session.posargs, env=SAFE_PATH)
 
 
 @nox.session(python=PYTHONS[0], requires=["build"])
@@ -211,7 +222,7 @@ def coverage(session: nox.Session) -> None:
     around = ",".join(OUTSIDE_THE_CORE)
     elsewhere = ",".join([*ON_A_RAY_CLUSTER, *ON_TEMPORAL])
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "--proof=few", *session.posargs, env=SAFE_PATH)
+    session.run("coverage", "run", "-m", "pytest", "--proof=few", *SIDE_BY_SIDE, *session.posargs, env=SAFE_PATH)
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report", f"--omit={around},{elsewhere}", "--fail-under=100")
     session.run("coverage", "report", f"--include={around}", "--fail-under=95")

@@ -1,4 +1,7 @@
-"""Every async test runs on asyncio and on trio; those marked ``virtual_time`` do so in virtual time."""
+"""Every async test runs on asyncio and on trio; those marked ``virtual_time`` do so in virtual time.
+
+The proofs get their size and their seed here; what they tried is printed at the end, also by workers of pytest-xdist.
+"""
 
 import os
 import shutil
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from proof.tally import Proof
 
 from parallel_agents.testing import virtual_time
 
@@ -28,6 +32,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any speed")
 
+PROOF = pytest.StashKey[Proof]()
+TRIED = pytest.StashKey[list[str]]()
+
 BACKENDS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "asyncio": lambda: ("asyncio", {"debug": True}),
     "trio": lambda: ("trio", {}),
@@ -40,6 +47,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("proof")
     group.addoption("--proof", choices=["few", "short", "long"], default="short", help="how much tests/proof tries")
     group.addoption("--proof-seed", type=int, default=1, help="where the proofs start to count")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[PROOF] = Proof(config.option.proof, config.option.proof_seed)
+    config.stash[TRIED] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and "postgres" in item.fixturenames:
+            item.add_marker(pytest.mark.integration)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    tried = [str(tally) for tally in session.config.stash[PROOF].tallies.values()]
+    session.config.stash[TRIED] += tried
+    getattr(session.config, "workeroutput", {})["tried"] = tried
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker tried; one that crashed tells nothing."""
+    node.config.stash[TRIED] += getattr(node, "workeroutput", {}).get("tried", [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[TRIED]:
+        terminalreporter.section(f"proof ({config.option.proof})")
+        for line in config.stash[TRIED]:
+            terminalreporter.line(line)
+
+
+@pytest.fixture
+def proof(request: pytest.FixtureRequest) -> Proof:
+    return request.config.stash[PROOF]
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -28,7 +28,7 @@ from parallel_agents.journals import JournalError
 from parallel_agents.journals import _sqlite_store as store
 from parallel_agents.journals.sqlite import read_journal
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.integration]
 
 IMAGES = 1_000
 SUCCESSES = 32

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def proved(source: str) -> Iterator[str]:
                 yield argument.value
 
 
+@cache
 def proved_by_file() -> dict[str, set[str]]:
     files = sorted((ROOT / "tests").glob("**/test_*.py"))
     return {str(f.relative_to(ROOT)): set(proved(f.read_text("utf-8"))) for f in files if f != Path(__file__)}
