@@ -140,7 +140,10 @@ def resident_kilobytes(process: BaseProcess) -> int:
 
 
 def memory(address: str, count: int, per_second: float) -> None:
-    """How much an agent in flight takes of its driver and of its worker, counted from the first tenth on."""
+    """How much an agent in flight takes of its driver and of its worker, counted from the first tenth on.
+
+    Until nearly all are in flight: one whose start got lost on a busy server begins when its heartbeats are missed.
+    """
     spawn = multiprocessing.get_context("spawn")
     running = spawn.Value("i", 0)
     driver = spawn.Process(target=run_async, args=(drive, address, count, per_second))
@@ -150,8 +153,8 @@ def memory(address: str, count: int, per_second: float) -> None:
     try:
         driver.start()
         worker.start()
-        for step in range(1, 11):
-            while running.value < count * step // 10:
+        for percent in (*range(10, 100, 10), 99):
+            while running.value < count * percent // 100:
                 if not (driver.is_alive() and worker.is_alive()):
                     raise RuntimeError(f"the driver or the worker has ended, with {running.value} in flight")
                 time.sleep(0.1)
