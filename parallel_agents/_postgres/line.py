@@ -6,6 +6,8 @@ What the line is for, and who is next, is decided by the statements of those who
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 import anyio
@@ -62,10 +64,18 @@ class Place(ABC, Generic[T]):
         self._is_abandoned = True
         await self._store.run_or_soon(self.leave, patience_seconds=GIVE_UP_SECONDS)
 
-    def forget(self) -> None:
-        """Listen no longer."""
-        self._opened.keeper.forget(self.name)
-        self._opened.bell.forget(self.name)
+    @asynccontextmanager
+    async def standing(self) -> AsyncIterator[None]:
+        """Stand in the line for the length of the block, and leave it if the block raises."""
+        try:
+            yield
+        except BaseException:
+            with anyio.CancelScope(shield=True):  # bounded by its patience, and one call to the server
+                await self.abandon()
+            raise
+        finally:
+            self._opened.keeper.forget(self.name)
+            self._opened.bell.forget(self.name)
 
 
 class TakenOver:

@@ -296,7 +296,7 @@ async def _enter(limit: PostgresLimit, reserve: Usage) -> "_Held | None":
     await limit.store.open_in_thread()
     while True:
         entry = _Entry(limit, reserve)
-        try:
+        async with entry.standing():
             session, answer = await entry.enter()
             if answer is None:
                 answer = await entry.turn()
@@ -305,12 +305,6 @@ async def _enter(limit: PostgresLimit, reserve: Usage) -> "_Held | None":
             if answer == "refused":
                 await entry.abandon()
                 return None
-        except BaseException:
-            with anyio.CancelScope(shield=True):  # bounded by its patience, and one call to the server
-                await entry.abandon()
-            raise
-        finally:
-            entry.forget()
 
 
 class _Held:

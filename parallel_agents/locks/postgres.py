@@ -164,7 +164,7 @@ class PostgresResourceLock:
         with anyio.move_on_after(timeout_seconds if waits else None):
             while lease is None:
                 entry = _Entry(self._store, claims, holder, waits=waits)
-                try:
+                async with entry.standing():
                     async with self._one_by_one.turn(claims):
                         answer = await entry.enter()
                     if answer.token is None:
@@ -174,12 +174,6 @@ class PostgresResourceLock:
                         answer = evolve(answer, token=int(token) if (token := await entry.turn()) else None)
                     if answer.token is not None:
                         lease = entry.lease(answer)
-                except BaseException:
-                    with anyio.CancelScope(shield=True):  # bounded by its patience, and one call to the server
-                        await entry.abandon()
-                    raise
-                finally:
-                    entry.forget()
         if lease is None:
             raise self._refused(claims, holder, before)
         for claim in claims:
