@@ -78,8 +78,8 @@ ON_TEMPORAL = [
 ]
 """Files that need 95 % in the session ``temporal``, which alone has a server to run them with."""
 
-SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
-"""Runs the tests of several files at the same time; many wait for programs and servers. ``-- -n0`` turns it off."""
+SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
+"""Runs several tests at the same time, since many wait for programs and servers; ``-- -n0`` turns it off."""
 
 WITHOUT_INTEGRATION = ["-m", "not integration"]
 """For all Pythons but the first: what needs a database server, or kills many processes, is run on one."""
