@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+from .._checks import shown
 from .._models import AgentAssignment
 from .._outcomes import AgentRunResult
 
@@ -30,3 +31,19 @@ class ChecksAssignments(Protocol):
             ValueError: Saying what is wrong with it.
         """
         ...
+
+
+def require_engine(name: str, value: object) -> None:
+    """Refuse what is no engine where one is wanted that this one wraps.
+
+    Raises:
+        TypeError: Naming the argument, and saying what it was given.
+    """
+    if not isinstance(value, AgentEngine):
+        raise TypeError(f"{name} must be an engine, such as FunctionEngine(function), got {shown(value)}")
+
+
+def check_with(engine: AgentEngine, assignment: AgentAssignment) -> None:
+    """Let an engine refuse an assignment, if it is one that can."""
+    if isinstance(engine, ChecksAssignments):
+        engine.check(assignment)

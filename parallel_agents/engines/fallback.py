@@ -5,14 +5,13 @@ from typing import Any
 
 from attrs import evolve
 
-from .._checks import shown
 from .._context import RunContext, current_run
 from .._models import AgentAssignment
 from .._outcomes import AgentRunResult, TerminationReason
 from ..events import error_text
 from ._going_on import may_go_on_after
 from ._metering import Meter
-from ._protocol import AgentEngine, ChecksAssignments
+from ._protocol import AgentEngine, check_with, require_engine
 
 
 class FallbackEngine:
@@ -30,8 +29,7 @@ class FallbackEngine:
     def __init__(self, first: AgentEngine, *others: AgentEngine) -> None:
         self._engines = (first, *others)
         for engine in self._engines:
-            if not isinstance(engine, AgentEngine):
-                raise TypeError(f"each must be an engine, such as FunctionEngine(function), got {shown(engine)}")
+            require_engine("each", engine)
 
     def __repr__(self) -> str:
         return f"FallbackEngine({', '.join(map(repr, self._engines))})"
@@ -39,8 +37,7 @@ class FallbackEngine:
     def check(self, assignment: AgentAssignment, /) -> None:
         """Refuse what any of the engines refuses."""
         for engine in self._engines:
-            if isinstance(engine, ChecksAssignments):
-                engine.check(assignment)
+            check_with(engine, assignment)
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Run the agent on one engine after another until one does not fail.

@@ -9,7 +9,7 @@ from .._checks import is_a, number
 from .._context import current_run
 from .._models import AgentAssignment, Usage
 from .._outcomes import AgentRunResult
-from ._protocol import AgentEngine, ChecksAssignments
+from ._protocol import AgentEngine, check_with
 
 
 @frozen
@@ -29,8 +29,7 @@ class IdleTimeoutEngine:
 
     def check(self, assignment: AgentAssignment, /) -> None:
         """Refuse what the inner engine refuses."""
-        if isinstance(self.inner, ChecksAssignments):
-            self.inner.check(assignment)
+        check_with(self.inner, assignment)
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Run the inner engine for as long as it reports.

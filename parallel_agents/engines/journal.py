@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import evolve, fields, has
 
-from .._checks import shown, wrong_type
+from .._checks import wrong_type
 from .._context import RunContext, current_run
 from .._models import NO_USAGE, AgentAssignment
 from .._outcomes import AgentOutcome, AgentRunResult
@@ -20,7 +20,7 @@ from ..events import PARALLEL_AGENT_RESUMED, error_text
 from ..journals import Ending, Entry, Journal, JournalError, LetsGo, Step
 from ..serialization import make_converter, parse_json, plain_json, structure, unstructure
 from ._metering import Meter
-from ._protocol import AgentEngine, ChecksAssignments
+from ._protocol import AgentEngine, check_with, require_engine
 
 __all__ = ["Journal", "JournalError", "JournaledEngine"]
 
@@ -64,8 +64,7 @@ class JournaledEngine:
         version: str = "",
         output_type: Any = None,
     ) -> None:
-        if not isinstance(inner, AgentEngine):
-            raise TypeError(f"inner must be an engine, such as FunctionEngine(function), got {shown(inner)}")
+        require_engine("inner", inner)
         if not isinstance(journal, Journal):
             raise wrong_type("journal", "a Journal, such as SqliteJournal(path)", journal)
         if execution is not None and not execution.strip():
@@ -82,8 +81,7 @@ class JournaledEngine:
 
     def check(self, assignment: AgentAssignment, /) -> None:
         """Refuse what the inner engine refuses."""
-        if isinstance(self._inner, ChecksAssignments):
-            self._inner.check(assignment)
+        check_with(self._inner, assignment)
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Return the recorded result of an agent, or run it and record how it ends.

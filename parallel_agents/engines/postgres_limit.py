@@ -23,7 +23,7 @@ from .._postgres.line import Place, TakenOver
 from .._postgres.spending import Spending
 from ..postgres import PostgresStore
 from ._metering import Meter
-from ._protocol import AgentEngine, ChecksAssignments
+from ._protocol import AgentEngine, check_with, require_engine
 
 __all__ = ["LimitState", "PostgresLimit", "PostgresLimitedEngine", "PostgresStore"]
 
@@ -192,8 +192,7 @@ class PostgresLimitedEngine:
     """
 
     def __init__(self, inner: AgentEngine, limit: PostgresLimit) -> None:
-        if not isinstance(inner, AgentEngine):
-            raise TypeError(f"inner must be an engine, such as FunctionEngine(function), got {shown(inner)}")
+        require_engine("inner", inner)
         if not isinstance(limit, PostgresLimit):
             raise wrong_type("limit", "a PostgresLimit", limit)
         self._inner = inner
@@ -204,8 +203,7 @@ class PostgresLimitedEngine:
 
     def check(self, assignment: AgentAssignment, /) -> None:
         """Refuse what the inner engine refuses."""
-        if isinstance(self._inner, ChecksAssignments):
-            self._inner.check(assignment)
+        check_with(self._inner, assignment)
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Wait for a place, run the agent, and settle what it spent.

@@ -21,7 +21,7 @@ from .._context import current_run
 from .._models import AgentAssignment, Usage
 from .._outcomes import AgentRunResult
 from ._metering import Meter
-from ._protocol import AgentEngine, ChecksAssignments
+from ._protocol import AgentEngine, check_with, require_engine
 from ._retry_after import retry_after_seconds
 
 LATE_SECONDS = 0.05
@@ -104,8 +104,7 @@ class RateLimitedEngine:
     """
 
     def __init__(self, inner: AgentEngine, *limits: RateLimit) -> None:
-        if not isinstance(inner, AgentEngine):
-            raise TypeError(f"inner must be an engine, such as FunctionEngine(function), got {shown(inner)}")
+        require_engine("inner", inner)
         if not limits:
             raise ValueError("limits must hold at least one RateLimit")
         for limit in limits:
@@ -119,8 +118,7 @@ class RateLimitedEngine:
 
     def check(self, assignment: AgentAssignment, /) -> None:
         """Refuse what the inner engine refuses."""
-        if isinstance(self._inner, ChecksAssignments):
-            self._inner.check(assignment)
+        check_with(self._inner, assignment)
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Wait until all limits let the agent start, and run it.

@@ -17,7 +17,7 @@ import anyio
 from attrs import define, evolve, field, frozen
 from attrs.validators import optional
 
-from .._checks import integer, number, shown, wrong_type
+from .._checks import integer, number, wrong_type
 from .._context import RunContext, current_run
 from .._endings import leaves
 from .._models import AgentAssignment
@@ -25,7 +25,7 @@ from .._outcomes import AgentRunResult, TerminationReason
 from ..events import PARALLEL_AGENT_RETRY, error_text
 from ._going_on import may_go_on_after
 from ._metering import Meter
-from ._protocol import AgentEngine, ChecksAssignments
+from ._protocol import AgentEngine, check_with, require_engine
 from ._retry_after import retry_after_seconds
 
 try:
@@ -135,8 +135,7 @@ class RetryEngine:
     """
 
     def __init__(self, inner: AgentEngine, policy: RetryPolicy) -> None:
-        if not isinstance(inner, AgentEngine):
-            raise TypeError(f"inner must be an engine, such as FunctionEngine(function), got {shown(inner)}")
+        require_engine("inner", inner)
         if not isinstance(policy, RetryPolicy):
             raise wrong_type("policy", "a RetryPolicy", policy)
         self._inner = inner
@@ -147,8 +146,7 @@ class RetryEngine:
 
     def check(self, assignment: AgentAssignment, /) -> None:
         """Refuse what the inner engine refuses."""
-        if isinstance(self._inner, ChecksAssignments):
-            self._inner.check(assignment)
+        check_with(self._inner, assignment)
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Run the agent until an attempt is good, or the last one.

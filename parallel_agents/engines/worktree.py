@@ -25,14 +25,14 @@ from anyio.lowlevel import RunVar
 from attrs import evolve, field, frozen
 from attrs.validators import optional
 
-from .._checks import integer, not_blank, shown
+from .._checks import integer, not_blank
 from .._context import RunContext, current_run
 from .._errors import ParallelAgentsError
 from .._models import AgentAssignment
 from .._outcomes import AgentRunResult
 from ._git import GitError, git
 from ._metering import Meter
-from ._protocol import AgentEngine, ChecksAssignments
+from ._protocol import AgentEngine, check_with, require_engine
 from ._workspace import _folder, working_folder
 
 if sys.platform != "win32":
@@ -177,8 +177,7 @@ class WorktreeEngine:
         max_worktrees: int | None = None,
         max_bytes: int | None = None,
     ) -> None:
-        if not isinstance(inner, AgentEngine):
-            raise TypeError(f"inner must be an engine, such as FunctionEngine(function), got {shown(inner)}")
+        require_engine("inner", inner)
         self._inner = inner
         self._repo = Path(repo).absolute()
         self._options = _Options(
@@ -207,8 +206,7 @@ class WorktreeEngine:
         """
         if not any((folder / ".git").exists() for folder in (self._repo, *self._repo.parents)):
             raise ValueError(f"repo {str(self._repo)!r} is not in a git repository")
-        if isinstance(self._inner, ChecksAssignments):
-            self._inner.check(assignment)
+        check_with(self._inner, assignment)
 
     async def run(self, assignment: AgentAssignment, /) -> AgentRunResult[Any]:
         """Make a worktree, run the inner engine in it, keep what it did if it succeeded, and take the worktree away.
