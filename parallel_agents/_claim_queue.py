@@ -165,7 +165,7 @@ class ClaimQueue(Generic[O]):
         """Note a ticket, if nothing can be in its way and each of its resources is noted by it alone, once."""
         noted = self._noted
         for number, claim in enumerate(ticket.claims):
-            if claim.resource in noted or not _is_noted_once(claim) or claim.mode is _SHARED:
+            if claim.resource in noted or not _is_plain(claim):
                 for earlier in ticket.claims[:number]:
                     del noted[earlier.resource]
                 return False
@@ -212,14 +212,14 @@ def find_overlap(claims: Iterable[tuple[O, Sequence[ResourceClaim]]]) -> tuple[s
     owners: dict[str, O] = {}
     for owner, own in known:
         for claim in own:
-            if claim.mode is _SHARED or not _is_noted_once(claim):
+            if not _is_plain(claim):
                 return _find_overlap_in_queue(known)
             if owners.setdefault(claim.resource, owner) != owner:
                 return claim.resource, owners[claim.resource], owner
     return None
 
 
-def _find_overlap_in_queue(claims: Iterable[tuple[O, Sequence[ResourceClaim]]]) -> tuple[str, O, O] | None:
+def _find_overlap_in_queue(claims: Sequence[tuple[O, Sequence[ResourceClaim]]]) -> tuple[str, O, O] | None:
     queue: ClaimQueue[O] = ClaimQueue()
     for owner, own in claims:
         ticket = queue.enter(owner, own)
@@ -234,17 +234,17 @@ def _number_of(ticket: Ticket[O]) -> int:
     return ticket.number
 
 
-def _is_noted_once(claim: ResourceClaim) -> bool:
-    """Whether a claim is noted at its resource only: nothing lies above it."""
-    return claim.within is None and not claim.resource.startswith(PATH)
+def _is_plain(claim: ResourceClaim) -> bool:
+    """Whether a claim overlaps those of its own resource only, and all of them."""
+    return claim.mode is not _SHARED and claim.within is None and not claim.resource.startswith(PATH)
 
 
 def notes(claim: ResourceClaim) -> Sequence[tuple[str, int]]:
     """Return where a claim is noted, and how."""
     is_shared = claim.mode is _SHARED
     at = (claim.resource, AT_SHARED if is_shared else AT)
-    if _is_noted_once(claim):
-        return (at,)
+    if claim.within is None and not claim.resource.startswith(PATH):
+        return (at,)  # nothing lies above it
     if claim.within is not None:
         folders: Sequence[str] = (claim.within, *_folders_above(claim.within))
     else:

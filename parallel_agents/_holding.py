@@ -38,7 +38,7 @@ def refuse_overlaps(
     """
     claiming = [a for a in assignments if a.resource_claims]
     if group.claim_policy is ClaimPolicy.REJECT:
-        overlap = find_overlap((a.task_id, a.resource_claims) for a in claiming)
+        overlap = find_overlap((a.task.id, a.resource_claims) for a in claiming)
         if overlap is not None:
             resource, *tasks = overlap
             agents = {a.task_id: a.agent_id for a in claiming}
@@ -82,15 +82,15 @@ class HeldClaims:
         self._claimed: dict[int, AgentAssignment] = {}
         self._unfinished: list[Awaitable[None]] = []
         self._struck: list[str] = []  # holders of locks that an exception may have left half given back
-        self.are_needed = False
-        """Whether any assignment claims anything."""
+        self.may_be_lacking = False
+        """Whether any assignment may lack what it claims; ``lack()`` tells which."""
         self.leases: dict[int, HeldLease] = {}
         self.errors: list[Exception] = []
 
     def add(self, position: int, assignment: AgentAssignment) -> None:
         """Note what an assignment claims; nothing is taken yet."""
         if assignment.resource_claims:
-            self.are_needed = True
+            self.may_be_lacking = True
             self._claimed[position] = assignment
 
     def forget(self, position: int) -> None:
@@ -114,6 +114,7 @@ class HeldClaims:
             if self._quick_lock is not None:
                 for position, assignment in self._claimed.items():
                     self._take_at_once(self._quick_lock, position, assignment)
+                self.may_be_lacking = False  # such leases are never lost
             else:
                 for position in self._claimed:
                     await self.take(position, 0)
@@ -157,7 +158,7 @@ class HeldClaims:
             raise
 
     def _holder_of(self, assignment: AgentAssignment) -> str:
-        return f"{self._group_id}:{assignment.task_id}#{self._execution}"
+        return f"{self._group_id}:{assignment.task.id}#{self._execution}"
 
     def _told_by_agents(self, error: ResourceConflictError, assignment: AgentAssignment) -> ResourceConflictError:
         """Return a conflict of an assignment that names agents instead of holders, where they are of this group."""

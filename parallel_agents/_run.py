@@ -225,6 +225,7 @@ class GroupRun(Generic[T]):
         self._ran_at_shutdown: frozenset[int] = frozenset()
         self._fatal: list[Exception] = []
         self._orders_to_end: list[BaseException] = []
+        self._total = len(assignments)
         self._succeeded = self._failed = self._parked = 0
 
     def __repr__(self) -> str:
@@ -236,12 +237,7 @@ class GroupRun(Generic[T]):
     def progress(self) -> ParallelProgress:
         """How far the group is, at this moment."""
         return progress_of_run(
-            self.group.group_id,
-            total=self._total,
-            in_progress=len(self._running),
-            succeeded=self._succeeded,
-            failed=self._failed,
-            parked=self._parked,
+            self.group.group_id, self._total, len(self._running), self._succeeded, self._failed, self._parked
         )
 
     @property
@@ -281,10 +277,6 @@ class GroupRun(Generic[T]):
 
     _is_over = True
     """Whether no assignment can come any more."""
-
-    @property
-    def _total(self) -> int:
-        return len(self._outcomes)
 
     def _known_assignments(self) -> Sequence[AgentAssignment]:
         assignments = self._assignments
@@ -585,7 +577,7 @@ class GroupRun(Generic[T]):
             position = self._take(slot)
             if position is None:
                 return Fitness.NOT_NEEDED
-            if claims.are_needed and claims.lack(position):
+            if claims.may_be_lacking and claims.lack(position):
                 await self._claim(position, scope, slot)
                 if scope.cancel_called:
                     break
@@ -784,7 +776,8 @@ class GroupRun(Generic[T]):
             scope.deadline = call.due = now + assignment.timeout_seconds
             if call.due < self._deadlines.looks_at:
                 self._deadlines.tell(call.due)
-        if (lease := self._claims.leases.get(position)) is not None:
+        leases = self._claims.leases
+        if leases and (lease := leases.get(position)) is not None:
             call.lease = None if isinstance(lease, PlainLease) else lease
             if lease.lost is not NEVER_LOST:
                 call.lease_watch = anyio.CancelScope()
@@ -1026,7 +1019,7 @@ class GroupRun(Generic[T]):
         callback = self._settings.progress_callback
         if callback is not None:
             call_quietly(callback, self.progress, self._end_for_callback)
-        if self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
+        if self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
             progress = self.progress
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,

@@ -43,7 +43,6 @@ class StreamRun(GroupRun[T]):
         self._source = source
         self._source_error: Exception | None = None
         self._most = options.max_concurrency
-        self._taken = 0
         self._task_ids: dict[str, int] = {}
         self._agent_ids: set[str] = set()
         self._ended: deque[AgentOutcome[T]] = deque()
@@ -145,7 +144,7 @@ class StreamRun(GroupRun[T]):
             raise ValueError(f"Duplicate agent IDs: {assignment.agent_id} is in flight already")
         refuse_overlaps(self.group, (assignment,), self._enclosing_assignments())
         position = self._admission.extend()
-        self._taken += 1
+        self._total += 1
         self._in_flight[position] = assignment
         self._task_ids[assignment.task_id] = position
         self._agent_ids.add(assignment.agent_id)
@@ -159,10 +158,6 @@ class StreamRun(GroupRun[T]):
             self._call_or_dismiss_workers()
 
     # What a stream keeps: what is in flight, and outcomes until they are taken
-
-    @property
-    def _total(self) -> int:
-        return self._taken
 
     def _make_admission(self) -> Admission:
         admission = Admission(0, None, _claims_in_turn(self.group, self._in_flight))

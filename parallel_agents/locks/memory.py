@@ -242,10 +242,10 @@ class InMemoryResourceLock:
         holder, claims = ticket.owner, tuple(ticket.claims)
         lease = MemoryLease(claims, holder, self._last_token, self, claims, ticket, time.monotonic(), is_told)
         others = self._leases.setdefault(holder, lease)
-        if isinstance(others, dict):
+        if others is not lease:
+            if isinstance(others, MemoryLease):
+                others = self._leases[holder] = {others: None}
             others[lease] = None
-        elif others is not lease:
-            self._leases[holder] = {others: None, lease: None}
         if is_told:
             for claim in claims:
                 write_log(PARALLEL_LOCK_ACQUIRED, resource=claim.resource, holder=holder)
