@@ -52,7 +52,7 @@ from ._outcomes import (
 )
 from ._shutdown import ShutdownManager
 from ._slots import Slot, give_back_slots_of
-from ._traces import cancel_requests, tasks_directly_in
+from ._traces import cancel_requests, pending_cancellation, tasks_directly_in
 from .engines._metering import difference, larger
 from .engines._protocol import AgentEngine, ChecksAssignments
 from .events import (
@@ -562,7 +562,7 @@ class GroupRun(Generic[T]):
     ) -> "Fitness":
         """Run assignments until the scope is used up, or one has left something behind in the task."""
         scope, own_task = WatchedScope(own_scope), tasks_directly_in(own_scope)
-        requests = cancel_requests(own_task)
+        is_cancelled, requests = pending_cancellation(own_scope, task), cancel_requests(own_task)
         clock, limiter, engine_run = self._clock, self._settings.limiter, self._settings.engine.run
         admission, claims, events = self._admission, self._claims, self._events
         now = clock()
@@ -609,7 +609,7 @@ class GroupRun(Generic[T]):
             self._end_call(call, outcome, context)
             if call.spoiled_its_task:
                 return Fitness.SPOILED
-            if not own_task or task.has_pending_cancellation():  # a scope was left open, or there is one to be renewed
+            if not own_task or is_cancelled():  # a scope was left open, or there is one to be renewed
                 break
             if requests():
                 return Fitness.SPOILED

@@ -3,10 +3,12 @@
 Asking with what is public takes longer than all else that is done for an agent, and does not show everything: a scope
 without a deadline that is open can be told only from leaving the one around it. So the scope's own note of the tasks
 that are directly in it is read, which both backends keep under one name. Where there is no such note, nobody is known
-to be in the scope, and who finds it so leaves it.
+to be in the scope, and who finds it so leaves it. In the same way the scope is asked whether it is cancelled, itself
+or from outside, and where it does not tell, the task is.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import anyio
@@ -14,9 +16,24 @@ import anyio
 
 def tasks_directly_in(scope: anyio.CancelScope) -> Collection[Any]:
     """Return the tasks whose innermost scope is *scope*, which has been entered; kept up to date by the backend."""
-    on_trio = getattr(scope, "_CancelScope__original", None)
-    tasks: Collection[Any] = getattr(getattr(on_trio, "_cancel_status", scope), "_tasks", ())
+    tasks: Collection[Any] = getattr(_status_of(scope), "_tasks", ())
     return tasks
+
+
+def pending_cancellation(scope: anyio.CancelScope, task: anyio.TaskInfo) -> Callable[[], bool]:
+    """Return a function that tells what ``task.has_pending_cancellation()`` does, while *scope* is the innermost one.
+
+    Args:
+        scope: Has been entered by *task*.
+        task: The task that asks.
+    """
+    status = _status_of(scope)
+    if hasattr(status, "effectively_cancelled"):
+        return partial(getattr, status, "effectively_cancelled")
+    native: Any = next(iter(tasks_directly_in(scope)), None)
+    if hasattr(status, "_effectively_cancelled") and hasattr(native, "_must_cancel"):
+        return lambda: status._effectively_cancelled or native._must_cancel
+    return task.has_pending_cancellation
 
 
 def cancel_requests(tasks: Collection[Any]) -> Callable[[], int]:
@@ -26,3 +43,8 @@ def cancel_requests(tasks: Collection[Any]) -> Callable[[], int]:
         tasks: That task alone.
     """
     return next((task.cancelling for task in tasks if hasattr(task, "cancelling")), int)
+
+
+def _status_of(scope: anyio.CancelScope) -> Any:
+    """Return what keeps a scope's state: a part of trio's, or the scope itself."""
+    return getattr(getattr(scope, "_CancelScope__original", None), "_cancel_status", scope)

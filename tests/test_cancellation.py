@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -20,7 +20,7 @@ from parallel_agents import (
     _run,
     current_run,
 )
-from parallel_agents._traces import tasks_directly_in
+from parallel_agents._traces import pending_cancellation, tasks_directly_in
 from parallel_agents.events import PARALLEL_AGENT_START
 
 pytestmark = pytest.mark.anyio
@@ -360,6 +360,37 @@ async def test_the_backend_tells_which_tasks_are_directly_in_a_scope() -> None:
         with anyio.CancelScope():
             assert not inside
         assert len(inside) == 1
+
+
+@pytest.mark.parametrize("backend_tells", [True, False])
+async def test_a_task_is_known_to_be_cancelled_from_its_scope_or_from_one_around_it(backend_tells: bool) -> None:
+    task, not_a_scope = anyio.get_current_task(), cast("anyio.CancelScope", None)
+    with anyio.CancelScope() as outer, anyio.CancelScope() as scope:
+        is_cancelled = pending_cancellation(scope if backend_tells else not_a_scope, task)
+        assert (is_cancelled == task.has_pending_cancellation) is not backend_tells
+        assert not is_cancelled()
+        outer.cancel()
+        assert is_cancelled()
+        scope.shield = True
+        assert not is_cancelled()
+        scope.cancel()
+        assert is_cancelled()
+
+
+@pytest.mark.proves("X18")
+@pytest.mark.parametrize("anyio_backend", [pytest.param("asyncio", id="asyncio")], indirect=True)
+async def test_a_native_cancellation_that_an_agent_took_back_too_late_strikes_no_other_agent() -> None:
+    async def agent(task: AgentAssignment) -> str:
+        await asyncio.sleep(0)
+        if task.task_id == "t1":
+            own = asyncio.current_task()
+            assert own is not None
+            own.cancel()
+            own.uncancel()  # before Python 3.13 the next await is cancelled all the same
+        return "fine"
+
+    result = await run(agent, group_of(5, max_concurrency=1))
+    assert [o.output for o in result.outcomes] == ["fine"] * 5
 
 
 @pytest.mark.proves("X18")

@@ -189,9 +189,7 @@ PLANTED = (
         "if False:",
         "nobody takes the place of a worker that was spoiled",
     ),
-    Mutant(
-        "_run.py", "if not own_task or task.has", "if task.has", "the next agent runs in a scope that was left open"
-    ),
+    Mutant("_run.py", "if not own_task or is_can", "if is_can", "the next agent runs in a scope that was left open"),
     Mutant("_run.py", "if requests():", "if False:", "the next agent has another's native cancellation to answer"),
     # Shutdown
     Mutant(
