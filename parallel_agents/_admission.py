@@ -96,7 +96,7 @@ class Admission:
             self._next += 1
         else:
             position = self._take_next()
-        self.has_ready = bool(self._returned) or self._next < self._total
+        self.has_ready = self._next < self._total or bool(self._returned)
         if position is not None:
             self._running += 1
         return position
@@ -148,14 +148,14 @@ class Admission:
             self._forget_prerequisites(position)
             self._withdrawn.add(position)
             self._move_on(self._next)
-            self.has_ready = bool(self._returned) or self._next < self._total
+            self.has_ready = self._next < self._total or bool(self._returned)
             return True
         if position in self._postponed:
             self._postponed.remove(position)
         elif position in self._returned:
             self._returned.remove(position)
             heapify(self._returned)
-            self.has_ready = bool(self._returned) or self._next < self._total
+            self.has_ready = self._next < self._total or bool(self._returned)
         elif not self.is_passed_over(position) and not self._is_held_back(position):
             return False
         self._forget_prerequisites(position)

@@ -23,7 +23,7 @@ from attrs import define
 
 from ._admission import NO_PREREQUISITES, Admission
 from ._claims import ResourceClaim
-from ._context import RunContext, _current
+from ._context import NO_OUTCOMES, RunContext, _current
 from ._deadlines import DeadlineWatch, WatchedScope
 from ._drive import drive
 from ._endings import (
@@ -80,7 +80,7 @@ MAX_NESTING = 32
 """How deep groups may be nested; some hundred nested task groups cannot be cancelled on asyncio any more."""
 
 
-@define(eq=False)
+@define(eq=False, init=False)
 class EngineCall(RunContext):
     """One engine call in flight: what ``current_run()`` shows of it, and what the run needs to stop it."""
 
@@ -89,13 +89,39 @@ class EngineCall(RunContext):
     scope: WatchedScope
     slot: Slot | None
     started: float
-    stop: Stop | None = None
-    spoiled_its_task: bool = False
-    lease_watch: anyio.CancelScope | None = None
-    lost_claims: str = ""
-    due: float = math.inf
-    waits: int = 0
-    waits_since: float = 0.0
+    stop: Stop | None
+    spoiled_its_task: bool
+    lease_watch: anyio.CancelScope | None
+    lost_claims: str
+    due: float
+    waits: int
+    waits_since: float
+
+    def __init__(
+        self, run: "GroupRun[Any]", position: int, scope: WatchedScope, slot: Slot | None, started: float
+    ) -> None:
+        # in one piece: every agent would pay for handing all the defaults over
+        self.group_id = run.group.group_id
+        self.assignment = run._assignments[position]
+        self._shutdown_requested = run._is_shutting_down
+        self.attempt = 1
+        self.usage = NO_USAGE
+        self.upstream = NO_OUTCOMES
+        self.lease = None
+        self.program_env = dict
+        self._usage_watchers = ()
+        self.run = run
+        self.position = position
+        self.scope = scope
+        self.slot = slot
+        self.started = started
+        self.stop = None
+        self.spoiled_its_task = False
+        self.lease_watch = None
+        self.lost_claims = ""
+        self.due = math.inf
+        self.waits = 0
+        self.waits_since = 0.0
 
     @contextmanager
     def not_charged(self) -> Iterator[None]:
@@ -813,9 +839,8 @@ class GroupRun(Generic[T]):
     # One engine call
 
     def _start_call(self, position: int, scope: WatchedScope, slot: Slot | None, now: float) -> EngineCall:
-        assignment = self._assignments[position]
-        call = EngineCall(self.group.group_id, assignment, self._is_shutting_down, self, position, scope, slot, now)
-        self._running[position] = call
+        self._running[position] = call = EngineCall(self, position, scope, slot, now)
+        assignment = call.assignment
         if assignment.task.depends_on:
             call.upstream = self._upstream_of(assignment)
         if self._is_watched:
@@ -925,7 +950,7 @@ class GroupRun(Generic[T]):
             agent = f"{self.group.group_id}:{outcome.task_id}"
             manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
         # warnings and errors are told in any case
-        if outcome.result is None or self._events.is_wanted(PARALLEL_AGENT_COMPLETE):
+        if outcome.result is None or (self._events.are_heard and self._events.is_wanted(PARALLEL_AGENT_COMPLETE)):
             context.run(self._tell_ended, outcome)
         self._record(call.position, outcome)
 
