@@ -11,9 +11,10 @@ from typing import Any
 
 
 def draft_class(frozen_class: type[Any]) -> type[Any]:
-    """Return the class of the drafts of a slotted, frozen class."""
+    """Return the class of the drafts of a slotted, frozen class; called without arguments, it makes an empty one."""
     # both at once: Python assigns through the fast path of plain slots only if neither is attrs' own
-    namespace = {"__slots__": (), "__setattr__": object.__setattr__, "__delattr__": object.__delattr__}
+    plain = {"__setattr__": object.__setattr__, "__delattr__": object.__delattr__}
+    namespace = {"__slots__": (), "__init__": object.__init__, **plain}
     return types.new_class(
         f"_{frozen_class.__name__}Draft", (frozen_class,), exec_body=lambda body: body.update(namespace)
     )

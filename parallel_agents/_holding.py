@@ -38,7 +38,7 @@ def refuse_overlaps(
     """
     claiming = [a for a in assignments if a.resource_claims]
     if group.claim_policy is ClaimPolicy.REJECT:
-        overlap = find_overlap((a.task.id, a.resource_claims) for a in claiming)
+        overlap = find_overlap([(a.task.id, a.resource_claims) for a in claiming])
         if overlap is not None:
             resource, *tasks = overlap
             agents = {a.task_id: a.agent_id for a in claiming}
@@ -125,7 +125,7 @@ class HeldClaims:
     def _take_at_once(self, lock: InMemoryResourceLock, position: int, assignment: AgentAssignment) -> None:
         claims, holder = assignment.resource_claims, self._holder_of(assignment)
         try:
-            self.leases[position] = lock.take_at_once(claims, holder, is_told=self._events.are_heard)
+            self.leases[position] = lock.take_at_once(claims, holder, self._events.are_heard)
         except ResourceConflictError as error:
             raise self._told_by_agents(error, assignment) from error
         except BaseException:  # it may have come between what the lock took and what it handed over

@@ -6,7 +6,7 @@ Knows the models that went in; knows nothing of how agents are run.
 import math
 from collections.abc import Iterable
 from enum import StrEnum, auto
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +39,9 @@ class TerminationReason(StrEnum):
     PARKED = auto()
     """It waits for a person, and is neither success nor failure."""
 
+
+NO_MESSAGES: tuple[ChatMessage, ...] = ()
+"""Compared by identity: CPython has one empty tuple."""
 
 _COMPLETED = TerminationReason.COMPLETED  # on Python 3.11, looking a member up takes as long as a call
 
@@ -99,7 +102,7 @@ class AgentRunResult(Generic[T]):
         usage: Usage = NO_USAGE,
         turns: int = 0,
         duration_seconds: float = 0.0,
-        messages: Iterable[ChatMessage] = (),
+        messages: Iterable[ChatMessage] = NO_MESSAGES,
     ) -> None:
         draft: Any = self
         # engines make one for each agent: what is as plain as it nearly always is gets its fields by plain assignment
@@ -111,15 +114,14 @@ class AgentRunResult(Generic[T]):
             and agent_id.strip()
             and termination_reason is _COMPLETED
             and error_message is None
-            and type(usage) is Usage
+            and (usage is NO_USAGE or type(usage) is Usage)
             and type(turns) is int
             and turns >= 0
             and type(duration_seconds) is float
             and 0.0 <= duration_seconds < math.inf
-            and type(messages) is tuple
-            and not messages
+            and messages is NO_MESSAGES
         ):
-            _set_class(draft, "__class__", _ResultDraft)
+            _set_class(draft, _ResultDraft)
             draft.task_id = task_id
             draft.agent_id = agent_id
             draft.termination_reason = termination_reason
@@ -128,7 +130,7 @@ class AgentRunResult(Generic[T]):
             draft.usage = usage
             draft.turns = turns
             draft.duration_seconds = duration_seconds
-            draft.messages = ()
+            draft.messages = NO_MESSAGES
             draft.__class__ = AgentRunResult
         else:
             draft.__attrs_init__(
@@ -173,7 +175,7 @@ class AgentRunResult(Generic[T]):
         return next(said, None)
 
 
-_set_class = object.__setattr__
+_set_class = vars(object)["__class__"].__set__
 _ResultDraft = draft_class(AgentRunResult)
 
 _STATUS_OF_REASON = dict.fromkeys(TerminationReason, OutcomeStatus.FAILED) | {
@@ -283,14 +285,14 @@ class AgentOutcome(Generic[T]):
         return None if self.result is None else self.result.output
 
 
-_new_outcome_draft = partial(object.__new__, draft_class(AgentOutcome))
+_OutcomeDraft = draft_class(AgentOutcome)
 
 
 def outcome_of_result(
     result: AgentRunResult[T], usage: Usage, attempts: int, started_after_seconds: float, duration_seconds: float
 ) -> AgentOutcome[T]:
     """Return the outcome of an engine call that returned a result; the executor knows that its parts are valid."""
-    outcome: Any = _new_outcome_draft()
+    outcome: Any = _OutcomeDraft()
     outcome.task_id = result.task_id
     outcome.agent_id = result.agent_id
     outcome.result = result
@@ -419,14 +421,14 @@ class ParallelProgress:
         return self.total - self.completed - self.in_progress
 
 
-_new_progress_draft = partial(object.__new__, draft_class(ParallelProgress))
+_ProgressDraft = draft_class(ParallelProgress)
 
 
 def progress_of_run(  # noqa: PLR0917 - keywords would make it a third slower
     group_id: str, total: int, in_progress: int, succeeded: int, failed: int, parked: int
 ) -> ParallelProgress:
     """Return the progress of a run, whose counters are right by themselves."""
-    progress: Any = _new_progress_draft()
+    progress: Any = _ProgressDraft()
     progress.group_id = group_id
     progress.total = total
     progress.completed = succeeded + failed + parked

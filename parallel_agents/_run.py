@@ -245,7 +245,7 @@ class GroupRun(Generic[T]):
         self._settings = settings
         self._assignments = assignments
         self._admission = self._make_admission()
-        self._successes_matter = self._admission.has_prerequisites
+        self._successes_matter = self._admission.has_prerequisites or group.stop_after_successes is not None
         self._outcomes: list[AgentOutcome[T] | None] = [None] * len(assignments)
         self._order: list[int] = []
         self._news: anyio.Event | None = None
@@ -310,9 +310,7 @@ class GroupRun(Generic[T]):
     @property
     def progress(self) -> ParallelProgress:
         """How far the group is, at this moment."""
-        return progress_of_run(
-            self.group.group_id, self._total, len(self._running), self._succeeded, self._failed, self._parked
-        )
+        return self._progress_now()
 
     @property
     def result(self) -> ParallelExecutionResult[T]:
@@ -965,14 +963,17 @@ class GroupRun(Generic[T]):
             self._failed += 1
         if self._is_watched or self._news is not None:
             self._tell_news()
-        if succeeded and self._succeeded == self.group.stop_after_successes:
-            self._stop_all(ENOUGH)  # whatever stopped the others from starting before
-        elif self._stopped is None and (self._successes_matter or not succeeded):
+        if self._successes_matter or not succeeded:
             self._follow(position, outcome)
 
     def _follow(self, position: int, outcome: AgentOutcome[T]) -> None:
-        """Let an outcome have its consequences for those that have not started."""
-        if outcome.status is OutcomeStatus.SUCCEEDED:
+        """Let an outcome have its consequences for the others."""
+        succeeded = outcome.status is _SUCCEEDED
+        if succeeded and self._succeeded == self.group.stop_after_successes:
+            self._stop_all(ENOUGH)  # whatever stopped the others from starting before
+        elif self._stopped is not None:
+            return
+        elif succeeded:
             self._admission.satisfy(position)
             if self._admission.passed_over:
                 self._note_passed_over()
@@ -1088,12 +1089,17 @@ class GroupRun(Generic[T]):
         if self._is_watched:
             self._tell_progress()
 
+    def _progress_now(self) -> ParallelProgress:
+        return progress_of_run(
+            self.group.group_id, self._total, len(self._running), self._succeeded, self._failed, self._parked
+        )
+
     def _tell_progress(self) -> None:
         callback = self._settings.progress_callback
         if callback is not None:
-            call_quietly(callback, self.progress, self._end_for_callback)
+            call_quietly(callback, self._progress_now(), self._end_for_callback)
         if self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
-            progress = self.progress
+            progress = self._progress_now()
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,
                 {

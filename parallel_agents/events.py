@@ -6,7 +6,6 @@ formats a message that comes with keyword arguments, and text from outside must 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, Protocol, runtime_checkable
 
 import anyio
@@ -124,7 +123,7 @@ class ParallelEvent:
     fields: Mapping[str, Any] = field(factory=dict)
 
 
-_new_event_draft = partial(object.__new__, draft_class(ParallelEvent))
+_EventDraft = draft_class(ParallelEvent)
 
 
 @runtime_checkable
@@ -239,7 +238,7 @@ class GroupEvents:
     def _tell_observers(
         self, name: str, fields: Mapping[str, Any], task_id: str | None = None, agent_id: str | None = None
     ) -> None:
-        event: Any = _new_event_draft()
+        event: Any = _EventDraft()
         event.name = name
         event.group_id = self._group_id
         event.task_id = task_id

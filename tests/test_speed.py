@@ -147,17 +147,17 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def test_an_agent_costs_a_fraction_of_the_calls_of_a_task_in_a_group_with_a_limiter(backend: str) -> None:
     ours, theirs = calls_per_agent(executor_of, backend), calls_per_agent(task_group_of, backend)
-    assert ours <= 0.4 * theirs, f"{ours} calls per agent, {theirs} of a task group with a limiter"
+    assert ours <= 0.38 * theirs, f"{ours} calls per agent, {theirs} of a task group with a limiter"
 
 
 def test_an_agent_costs_less_calls_than_gather_with_a_semaphore_and_gives_an_outcome_for_them() -> None:
     ours, theirs = calls_per_agent(executor_of, "asyncio"), calls_per_agent(gather_of, "asyncio")
-    assert ours <= 0.75 * theirs, f"{ours} calls per agent, {theirs} of gather with a semaphore"
+    assert ours <= 0.7 * theirs, f"{ours} calls per agent, {theirs} of gather with a semaphore"
 
 
 def test_with_everything_on_an_agent_costs_less_than_a_task_in_a_group_with_a_limiter(backend: str) -> None:
     ours, theirs = calls_per_agent(executor_with_everything_of, backend), calls_per_agent(task_group_of, backend)
-    assert ours <= 0.75 * theirs, f"{ours} calls per agent, {theirs} of a task group with a limiter"
+    assert ours <= 0.68 * theirs, f"{ours} calls per agent, {theirs} of a task group with a limiter"
 
 
 def test_an_outcome_with_its_result_is_kept_in_350_bytes(backend: str) -> None:

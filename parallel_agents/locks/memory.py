@@ -177,7 +177,7 @@ class InMemoryResourceLock:
             raise self._conflict(ticket)
         return lease
 
-    def take_at_once(self, claims: tuple[ResourceClaim, ...], holder: str, *, is_told: bool) -> MemoryLease:
+    def take_at_once(self, claims: tuple[ResourceClaim, ...], holder: str, is_told: bool) -> MemoryLease:
         """Do what ``acquire_claims()`` does with a timeout of 0, each resource being there once.
 
         Args:
