@@ -112,8 +112,7 @@ class HeldClaims:
         """
         try:
             if self._quick_lock is not None:
-                for position, assignment in self._claimed.items():
-                    self._take_at_once(self._quick_lock, position, assignment)
+                self._take_all_at_once(self._quick_lock)
                 self.may_be_lacking = False  # such leases are never lost
             else:
                 for position in self._claimed:
@@ -122,15 +121,17 @@ class HeldClaims:
             await self.give_back_all()  # noqa: ASYNC102 - it is shielded and bounded itself
             raise
 
-    def _take_at_once(self, lock: InMemoryResourceLock, position: int, assignment: AgentAssignment) -> None:
-        claims, holder = assignment.resource_claims, self._holder_of(assignment)
-        try:
-            self.leases[position] = lock.take_at_once(claims, holder, self._events.are_heard)
-        except ResourceConflictError as error:
-            raise self._told_by_agents(error, assignment) from error
-        except BaseException:  # it may have come between what the lock took and what it handed over
-            self._struck.append(holder)
-            raise
+    def _take_all_at_once(self, lock: InMemoryResourceLock) -> None:
+        leases, is_told = self.leases, self._events.are_heard
+        for position, assignment in self._claimed.items():
+            holder = self._holder_of(assignment)
+            try:
+                leases[position] = lock.take_at_once(assignment.resource_claims, holder, is_told)
+            except ResourceConflictError as error:
+                raise self._told_by_agents(error, assignment) from error
+            except BaseException:  # it may have come between what the lock took and what it handed over
+                self._struck.append(holder)
+                raise
 
     async def take(self, position: int, timeout_seconds: float | None) -> None:
         """Take the claims of one assignment, or none of them.

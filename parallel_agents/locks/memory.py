@@ -198,7 +198,7 @@ class InMemoryResourceLock:
                 await waiter.granted.wait()
         except BaseException:
             if waiter.lease is None:
-                self._leave(ticket, ticket.claims)
+                self._leave(ticket)
             else:  # granted and cancelled in the same instant: nobody would give it back
                 waiter.lease.release()
             raise
@@ -230,7 +230,7 @@ class InMemoryResourceLock:
         assert found is not None, "it would have been granted"
         other, resource = found
         write_log(PARALLEL_LOCK_CONFLICT, resource=resource, holder=ticket.owner, current_holder=other.owner)
-        self._leave(ticket, ticket.claims)
+        self._leave(ticket)
         return resource, other.owner
 
     def _conflict(self, ticket: Ticket[str]) -> ResourceConflictError:
@@ -267,10 +267,11 @@ class InMemoryResourceLock:
                 del leases[lease]
             if leases is lease or not leases:
                 del self._leases[lease.holder]
-        self._leave(lease._ticket, claims)
+        for cleared in self._queue.leave(lease._ticket, claims):
+            self._let_go_on(cleared)
 
-    def _leave(self, ticket: Ticket[str], claims: Sequence[ResourceClaim]) -> None:
-        for cleared in self._queue.leave(ticket, claims):
+    def _leave(self, ticket: Ticket[str]) -> None:
+        for cleared in self._queue.leave(ticket):
             self._let_go_on(cleared)
 
     def _let_go_on(self, cleared: Ticket[str]) -> None:

@@ -117,7 +117,7 @@ PLANTED = (
     Mutant("locks/memory.py", "waiter.granted.set()", "pass", "who was granted its claims is not told"),
     Mutant(
         "locks/memory.py",
-        "self._leave(ticket, ticket.claims)\n            else",
+        "self._leave(ticket)\n            else",
         "pass\n            else",
         "who was cancelled stays in line",
     ),
