@@ -639,6 +639,8 @@ class GroupRun(Generic[T]):
         admission, claims, events = self._admission, self._claims, self._events
         now = clock()
         while admission.has_ready:
+            if requests():  # what an agent left behind, perhaps beside a cancellation of the scope before this one
+                return Fitness.SPOILED
             slot = None if limiter is None else Slot(limiter, self)
             if slot is not None and not slot.take_nowait():
                 await self._wait_for(slot, scope)
@@ -683,8 +685,6 @@ class GroupRun(Generic[T]):
                 return Fitness.SPOILED
             if not own_task or is_cancelled():  # a scope was left open, or there is one to be renewed
                 break
-            if requests():
-                return Fitness.SPOILED
         return Fitness.FIT
 
     def _take(self, slot: Slot | None) -> int | None:

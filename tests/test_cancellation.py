@@ -395,6 +395,31 @@ async def test_a_native_cancellation_that_an_agent_took_back_too_late_strikes_no
 
 @pytest.mark.proves("X18")
 @pytest.mark.parametrize("anyio_backend", [pytest.param("asyncio", id="asyncio")], indirect=True)
+async def test_a_native_cancellation_beside_one_of_ours_is_no_other_agents_to_answer() -> None:
+    started, requests = anyio.Event(), dict[str, int]()
+
+    async def agent(task: AgentAssignment) -> None:
+        own = asyncio.current_task()
+        assert own is not None
+        requests[task.task_id] = own.cancelling()
+        if task.task_id == "t0":
+            started.set()
+            try:
+                await anyio.sleep_forever()
+            except asyncio.CancelledError:
+                own.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+
+    with anyio.fail_after(5):
+        async with ParallelExecutor(engine=agent).open_group(group_of(3, max_concurrency=1)) as open_run:
+            await started.wait()
+            open_run.cancel_task("t0")
+    assert requests == dict.fromkeys(("t0", "t1", "t2"), 0)
+
+
+@pytest.mark.proves("X18")
+@pytest.mark.parametrize("anyio_backend", [pytest.param("asyncio", id="asyncio")], indirect=True)
 @pytest.mark.parametrize("then", ["return", "await", "swallow"])
 @pytest.mark.parametrize("limit", [1, 2])
 async def test_a_native_cancel_of_its_own_task_is_one_outcome(then: str, limit: int) -> None:
