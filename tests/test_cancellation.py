@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from typing import Any, cast
 
 import anyio
@@ -375,6 +376,18 @@ async def test_a_task_is_known_to_be_cancelled_from_its_scope_or_from_one_around
         assert not is_cancelled()
         scope.cancel()
         assert is_cancelled()
+
+
+async def test_what_a_scope_tells_of_its_cancellation_is_what_the_task_tells() -> None:
+    task, flags = anyio.get_current_task(), list(itertools.product([False, True], repeat=3))
+    for cancelled, shielded in itertools.product(flags, flags):
+        with anyio.CancelScope() as outer, anyio.CancelScope() as middle, anyio.CancelScope() as inner:
+            is_cancelled = pending_cancellation(inner, task)
+            for scope, is_shielded, ends in zip((outer, middle, inner), shielded, cancelled, strict=True):
+                scope.shield = is_shielded
+                if ends:
+                    scope.cancel()
+                assert is_cancelled() == task.has_pending_cancellation()
 
 
 @pytest.mark.proves("X18")
