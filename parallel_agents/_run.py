@@ -310,7 +310,9 @@ class GroupRun(Generic[T]):
     @property
     def progress(self) -> ParallelProgress:
         """How far the group is, at this moment."""
-        return self._progress_now()
+        return progress_of_run(
+            self.group.group_id, self._total, len(self._running), self._succeeded, self._failed, self._parked
+        )
 
     @property
     def result(self) -> ParallelExecutionResult[T]:
@@ -1089,17 +1091,12 @@ class GroupRun(Generic[T]):
         if self._is_watched:
             self._tell_progress()
 
-    def _progress_now(self) -> ParallelProgress:
-        return progress_of_run(
-            self.group.group_id, self._total, len(self._running), self._succeeded, self._failed, self._parked
-        )
-
     def _tell_progress(self) -> None:
         callback = self._settings.progress_callback
         if callback is not None:
-            call_quietly(callback, self._progress_now(), self._end_for_callback)
+            call_quietly(callback, self.progress, self._end_for_callback)
         if self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
-            progress = self._progress_now()
+            progress = self.progress
             self._events.emit(
                 PARALLEL_PROGRESS_UPDATE,
                 {

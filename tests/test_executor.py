@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from attrs import fields
 from groups import group_of
 
 from parallel_agents import (
@@ -23,6 +24,7 @@ from parallel_agents import (
     current_run,
 )
 from parallel_agents._admission import Admission
+from parallel_agents._context import RunContext
 from parallel_agents._drive import drive
 
 pytestmark = pytest.mark.anyio
@@ -321,6 +323,17 @@ async def test_an_agent_can_use_what_anyio_offers_a_task() -> None:
 
     result = await run(agent, group_of(3, max_concurrency=1))
     assert [o.output for o in result.outcomes] == ["t0", "t1", "t2"]
+
+
+async def test_an_engine_call_starts_as_any_other_context_of_a_run_does() -> None:
+    async def agent(task: AgentAssignment) -> None:
+        call, other = current_run(), RunContext("g", task, bool)
+        given = {"group_id", "assignment", "_shutdown_requested"}
+        for field in fields(RunContext):
+            assert field.name in given or getattr(call, field.name) == getattr(other, field.name)
+        assert not [field.name for field in fields(type(call)) if not hasattr(call, field.name)]
+
+    (await run(agent, group_of(1))).raise_for_failures()
 
 
 async def test_current_run_tells_an_agent_about_its_run_and_nobody_else() -> None:
