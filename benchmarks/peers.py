@@ -1,7 +1,7 @@
 """What is measured: each program runs a number of no-op agents, at most so many at once, on one backend.
 
-A no-op agent is one checkpoint of the backend's own. Inputs are made before the clock starts, outcomes and results are
-made while it runs, where a program makes any.
+A no-op agent is an async function with one checkpoint of the backend's own. Inputs are made before the clock starts,
+outcomes and results are made while it runs, where a program makes any.
 """
 
 import asyncio
@@ -47,6 +47,16 @@ def group_of(count: int, at_once: int, **each: Any) -> ParallelExecutionGroup:
     return ParallelExecutionGroup(group_id="g", assignments=assignments, max_concurrency=at_once)
 
 
+def executor(count: int, at_once: int, backend: str) -> Program:
+    group = group_of(count, at_once)
+    checkpoint = checkpoint_of(backend)
+
+    async def agent(_: AgentAssignment) -> None:
+        await checkpoint()
+
+    return lambda: ParallelExecutor(engine=agent).execute_group(group)
+
+
 class NoOpEngine:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -58,7 +68,8 @@ class NoOpEngine:
         )
 
 
-def executor(count: int, at_once: int, backend: str) -> Program:
+def executor_with_engine(count: int, at_once: int, backend: str) -> Program:
+    """With an engine that makes its results itself, which are validated then."""
     group = group_of(count, at_once)
     engine = NoOpEngine(checkpoint_of(backend))
     return lambda: ParallelExecutor(engine=engine).execute_group(group)
@@ -67,11 +78,14 @@ def executor(count: int, at_once: int, backend: str) -> Program:
 def executor_with_everything(count: int, at_once: int, backend: str) -> Program:
     """With a timeout and a claim for each, a shared limiter, and a progress callback."""
     group = group_of(count, at_once, timeout_seconds=60, claim=True)
-    engine = NoOpEngine(checkpoint_of(backend))
+    checkpoint = checkpoint_of(backend)
+
+    async def agent(_: AgentAssignment) -> None:
+        await checkpoint()
 
     async def program() -> None:
         limiter = anyio.CapacityLimiter(at_once)
-        await ParallelExecutor(engine=engine, limiter=limiter, progress_callback=lambda _: None).execute_group(group)
+        await ParallelExecutor(engine=agent, limiter=limiter, progress_callback=lambda _: None).execute_group(group)
 
     return program
 
@@ -183,13 +197,15 @@ def aiometer_run_all(count: int, at_once: int, backend: str) -> Program:
     return lambda: aiometer.run_all(calls, max_at_once=at_once)
 
 
-EXECUTOR, EVERYTHING = "parallel_agents", "parallel_agents, everything on"
+EXECUTOR, ENGINE = "parallel_agents", "parallel_agents, engine"
+EVERYTHING = "parallel_agents, everything on"
 GATHER, ANYIO, AIOMETER = "asyncio.gather + Semaphore", "anyio group + CapacityLimiter", "aiometer.run_all"
 NURSERY = "trio nursery + CapacityLimiter"
 
 PROGRAMS: dict[str, Callable[[int, int, str], Program]] = {
     "native worker pool": native_pool,
     EXECUTOR: executor,
+    ENGINE: executor_with_engine,
     EVERYTHING: executor_with_everything,
     GATHER: gather_with_semaphore,
     "asyncio.TaskGroup + Semaphore": task_group_with_semaphore,

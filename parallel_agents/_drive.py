@@ -4,27 +4,40 @@ A task costs six times what this does; the code behind ``await`` cannot tell the
 current task is the worker's.
 """
 
+import inspect
 import types
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def coroutine_function(function: Callable[[T], Awaitable[Any]]) -> Callable[[T], Coroutine[Any, Any, Any]]:
+    """Return a function that makes a coroutine, in which *function* runs: itself, if that is what it does."""
+    plain = function.__func__ if isinstance(function, types.MethodType) else function
+    if isinstance(plain, types.FunctionType) and plain.__code__.co_flags & inspect.CO_COROUTINE:
+        made: Any = function
+        return made
+
+    async def call(argument: T) -> Any:
+        return await function(argument)
+
+    return call
 
 
 @types.coroutine
-def drive(context: Context, function: Callable[[Any], Awaitable[Any]], argument: Any) -> Generator[Any, Any, Any]:
-    """Call an async function and await it, every step of it inside *context*."""
+def drive(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Await a coroutine that has not begun, every step of it inside *context*."""
     run = context.run
-    coroutine = run(function, argument)
-    if type(coroutine) is not types.CoroutineType:
-        coroutine = _awaited(coroutine)
     send: Callable[..., Any] = coroutine.send
-    step = send
-    sent: Any = None
+    step, sent = send, None
     while True:
         try:
             waits_for = run(step, sent)
         except StopIteration as returned:
-            return returned.value
+            value: T = returned.value
+            return value
         try:
             sent = yield waits_for
         except GeneratorExit:
@@ -34,7 +47,3 @@ def drive(context: Context, function: Callable[[Any], Awaitable[Any]], argument:
             step, sent = coroutine.throw, error
         else:
             step = send
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable

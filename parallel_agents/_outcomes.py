@@ -178,6 +178,24 @@ class AgentRunResult(Generic[T]):
 _set_class = vars(object)["__class__"].__set__
 _ResultDraft = draft_class(AgentRunResult)
 
+
+def completed_result(task_id: str, agent_id: str, output: T) -> AgentRunResult[T]:
+    """Return the result of an agent that did what it was asked; the ids are those of its assignment, thus valid."""
+    result: Any = _ResultDraft()
+    result.task_id = task_id
+    result.agent_id = agent_id
+    result.termination_reason = _COMPLETED
+    result.output = output
+    result.error_message = None
+    result.usage = NO_USAGE
+    result.turns = 0
+    result.duration_seconds = 0.0
+    result.messages = NO_MESSAGES
+    result.__class__ = AgentRunResult
+    made: AgentRunResult[T] = result
+    return made
+
+
 _STATUS_OF_REASON = dict.fromkeys(TerminationReason, OutcomeStatus.FAILED) | {
     TerminationReason.COMPLETED: OutcomeStatus.SUCCEEDED,
     TerminationReason.PARKED: OutcomeStatus.PARKED,

@@ -4,7 +4,7 @@ Workers pull assignments from the admission, one after another; an engine call r
 context of its own. A worker has one cancel scope, renewed when it was used up; a task that an agent spoiled is left,
 and another takes its place. Everything that decides what came of an agent is one synchronous step.
 
-Knows engines and locks as protocols only.
+Knows locks as protocols only, and engines too, but for the one that is a plain function.
 """
 
 import math
@@ -25,7 +25,7 @@ from ._admission import NO_PREREQUISITES, Admission
 from ._claims import ResourceClaim
 from ._context import NO_OUTCOMES, RunContext, _current
 from ._deadlines import DeadlineWatch, WatchedScope
-from ._drive import drive
+from ._drive import coroutine_function, drive
 from ._endings import (
     BUDGET_SPENT,
     CALLER_CANCELLED,
@@ -55,6 +55,7 @@ from ._slots import Slot, give_back_slots_of
 from ._traces import cancel_requests, pending_cancellation, tasks_directly_in
 from .engines._metering import difference, larger
 from .engines._protocol import AgentEngine, ChecksAssignments
+from .engines.function import call_of, result_of
 from .events import (
     PARALLEL_AGENT_CANCELLED,
     PARALLEL_AGENT_COMPLETE,
@@ -637,7 +638,9 @@ class GroupRun(Generic[T]):
         """Run assignments until the scope is used up, or one has left something behind in the task."""
         scope, own_task = WatchedScope(own_scope), tasks_directly_in(own_scope)
         is_cancelled, requests = pending_cancellation(own_scope, task), cancel_requests(own_task)
-        clock, limiter, engine_run = self._clock, self._settings.limiter, self._settings.engine.run
+        clock, limiter = self._clock, self._settings.limiter
+        function, returns_any_value = call_of(self._settings.engine)
+        call_agent = coroutine_function(function)
         admission, claims, events = self._admission, self._claims, self._events
         now = clock()
         while admission.has_ready:
@@ -665,7 +668,9 @@ class GroupRun(Generic[T]):
             if events.are_heard:
                 context.run(self._tell_started, call.assignment)
             try:
-                value = await drive(context, engine_run, call.assignment)
+                value = await drive(context, call_agent(call.assignment))
+                if returns_any_value:
+                    value = result_of(call.assignment, value)
             except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
                 now = clock()
                 del self._running[position]

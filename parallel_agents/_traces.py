@@ -31,9 +31,18 @@ def pending_cancellation(scope: anyio.CancelScope, task: anyio.TaskInfo) -> Call
     if hasattr(status, "effectively_cancelled"):
         return partial(getattr, status, "effectively_cancelled")
     native: Any = next(iter(tasks_directly_in(scope)), None)
-    if hasattr(status, "_effectively_cancelled") and hasattr(native, "_must_cancel"):
-        return lambda: status._effectively_cancelled or native._must_cancel
-    return task.has_pending_cancellation
+    if not all(map(hasattr, [scope, scope, native], ["_cancel_called", "_parent_scope", "_must_cancel"])):
+        return task.has_pending_cancellation
+
+    def is_pending() -> bool:
+        around: Any = scope
+        while around is not None:
+            if around._cancel_called:  # perhaps behind a shield
+                return task.has_pending_cancellation()
+            around = around._parent_scope
+        return bool(native._must_cancel)
+
+    return is_pending
 
 
 def cancel_requests(tasks: Collection[Any]) -> Callable[[], int]:

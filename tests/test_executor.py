@@ -392,7 +392,7 @@ def test_a_call_that_is_closed_closes_the_agents_coroutine_in_its_context() -> N
         finally:
             closed.append(variable.get())
 
-    call: Any = drive(copy_context(), agent, "inside")
+    call: Any = drive(copy_context(), agent("inside"))
     assert next(call) is None
     call.close()
     assert closed == ["inside"]

@@ -224,7 +224,7 @@ async def test_a_run_works_inside_a_driven_coroutine_with_a_context_of_its_own()
     own = copy_context()
     own.run(_current.set, context(of))
     with anyio.fail_after(WAIT_SECONDS):
-        result = await drive(own, python("print('driven')").run, of)
+        result = await drive(own, python("print('driven')").run(of))
     assert result.output == "driven\n"
 
 

@@ -4,7 +4,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from .._models import AgentAssignment
-from .._outcomes import AgentRunResult, TerminationReason
+from .._outcomes import AgentRunResult, completed_result
+from ._protocol import AgentEngine
 
 
 class FunctionEngine:
@@ -33,9 +34,14 @@ def result_of(assignment: AgentAssignment, value: Any) -> AgentRunResult[Any]:
     """Return the result that a function's return value stands for: itself, or a completed one with it as the output."""
     if isinstance(value, AgentRunResult):
         return value
-    return AgentRunResult(
-        task_id=assignment.task_id,
-        agent_id=assignment.agent_id,
-        termination_reason=TerminationReason.COMPLETED,
-        output=value,
-    )
+    return completed_result(assignment.task.id, assignment.identity.id, value)
+
+
+def call_of(engine: AgentEngine) -> tuple[Callable[[AgentAssignment], Awaitable[Any]], bool]:
+    """Return what an executor awaits for an assignment, and whether ``result_of()`` makes its value a result.
+
+    It is an engine's ``run``, or the function itself of a plain ``FunctionEngine``: a coroutine less for each agent.
+    """
+    if type(engine) is FunctionEngine:
+        return engine._function, True
+    return engine.run, False
