@@ -29,19 +29,18 @@ def coroutine_function(function: Callable[[T], Awaitable[Any]]) -> Callable[[T],
 @types.coroutine
 def drive(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
     """Await a coroutine that has not begun, every step of it inside *context*."""
-    run = context.run
     send: Callable[..., Any] = coroutine.send
     step, sent = send, None
     while True:
         try:
-            waits_for = run(step, sent)
+            waits_for = context.run(step, sent)
         except StopIteration as returned:
             value: T = returned.value
             return value
         try:
             sent = yield waits_for
         except GeneratorExit:
-            run(coroutine.close)
+            context.run(coroutine.close)
             raise
         except BaseException as error:  # noqa: ASYNC103, BLE001 - the coroutine gets it, as from a task of its own
             step, sent = coroutine.throw, error

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
-from attrs import define
+from attrs import define, field
 
 from ._admission import NO_PREREQUISITES, Admission
 from ._claims import ResourceClaim
@@ -47,6 +47,7 @@ from ._outcomes import (
     OutcomeStatus,
     ParallelExecutionResult,
     ParallelProgress,
+    completed_result,
     outcome_of_result,
     progress_of_run,
 )
@@ -55,7 +56,7 @@ from ._slots import Slot, give_back_slots_of
 from ._traces import cancel_requests, pending_cancellation, tasks_directly_in
 from .engines._metering import difference, larger
 from .engines._protocol import AgentEngine, ChecksAssignments
-from .engines.function import call_of, result_of
+from .engines.function import call_of
 from .events import (
     PARALLEL_AGENT_CANCELLED,
     PARALLEL_AGENT_COMPLETE,
@@ -98,31 +99,7 @@ class EngineCall(RunContext):
     waits: int
     waits_since: float
 
-    def __init__(
-        self, run: "GroupRun[Any]", position: int, scope: WatchedScope, slot: Slot | None, started: float
-    ) -> None:
-        # in one piece: every agent would pay for handing all the defaults over
-        self.group_id = run.group.group_id
-        self.assignment = run._assignments[position]
-        self._shutdown_requested = run._is_shutting_down
-        self.attempt = 1
-        self.usage = NO_USAGE
-        self.upstream = NO_OUTCOMES
-        self.lease = None
-        self.program_env = dict
-        self._usage_watchers = ()
-        self.run = run
-        self.position = position
-        self.scope = scope
-        self.slot = slot
-        self.started = started
-        self.stop = None
-        self.spoiled_its_task = False
-        self.lease_watch = None
-        self.lost_claims = ""
-        self.due = math.inf
-        self.waits = 0
-        self.waits_since = 0.0
+    __init__ = object.__init__  # filled by _engine_call()
 
     @contextmanager
     def not_charged(self) -> Iterator[None]:
@@ -156,6 +133,35 @@ class EngineCall(RunContext):
         self.run._events.emit(name, fields, assignment.task_id, assignment.agent_id)
 
 
+def _engine_call(
+    run: "GroupRun[Any]", position: int, scope: WatchedScope, slot: Slot | None, started: float
+) -> EngineCall:
+    # not by __init__(): Python enters one anew, which takes half as long as all these assignments
+    call = EngineCall()
+    call.group_id = run.group.group_id
+    call.assignment = run._assignments[position]
+    call._shutdown_requested = run._settings.shutdown_requested
+    call.attempt = 1
+    call.usage = NO_USAGE
+    call.upstream = NO_OUTCOMES
+    call.lease = None
+    call.program_env = dict
+    call._usage_watchers = ()
+    call.run = run
+    call.position = position
+    call.scope = scope
+    call.slot = slot
+    call.started = started
+    call.stop = None
+    call.spoiled_its_task = False
+    call.lease_watch = None
+    call.lost_claims = ""
+    call.due = math.inf
+    call.waits = 0
+    call.waits_since = 0.0
+    return call
+
+
 @define(eq=False, kw_only=True)
 class Settings:
     """What an executor gives each of its runs."""
@@ -166,6 +172,12 @@ class Settings:
     shutdown_manager: ShutdownManager | None
     progress_callback: Callable[[ParallelProgress], object] | None
     observers: tuple[Observer, ...]
+    shutdown_requested: Callable[[], bool] = field(init=False)
+
+    @shutdown_requested.default
+    def _make_shutdown_requested(self) -> Callable[[], bool]:
+        manager = self.shutdown_manager
+        return bool if manager is None else lambda: manager.is_shutting_down
 
 
 class Fitness(Enum):
@@ -639,9 +651,10 @@ class GroupRun(Generic[T]):
         scope, own_task = WatchedScope(own_scope), tasks_directly_in(own_scope)
         is_cancelled, requests = pending_cancellation(own_scope, task), cancel_requests(own_task)
         clock, limiter = self._clock, self._settings.limiter
-        function, returns_any_value = call_of(self._settings.engine)
+        function, takes_any_value = call_of(self._settings.engine)
         call_agent = coroutine_function(function)
         admission, claims, events = self._admission, self._claims, self._events
+        make_context, set_current = self._context.copy, _current.set
         now = clock()
         while admission.has_ready:
             if requests():  # what an agent left behind, perhaps beside a cancellation of the scope before this one
@@ -653,9 +666,16 @@ class GroupRun(Generic[T]):
                     slot.give_back()
                     break
                 now = clock()
-            position = self._take(slot)
+            position = admission.take()
+            if admission.passed_over:
+                self._note_passed_over()
             if position is None:
+                if slot is not None:
+                    slot.give_back()
                 return Fitness.NOT_NEEDED
+            # what the call would find out as well, and nearly always does
+            if not admission.has_ready or self._workers - self._claiming_in_vain < admission.limit:
+                self._call_or_dismiss_workers()
             if claims.may_be_lacking and claims.lack(position):
                 await self._claim(position, scope, slot)
                 if scope.cancel_called:
@@ -663,14 +683,12 @@ class GroupRun(Generic[T]):
                 now = clock()
                 continue
             call = self._start_call(position, scope, slot, now)
-            context = self._context.copy()
-            context.run(_current.set, call)
+            context = make_context()
+            context.run(set_current, call)
             if events.are_heard:
                 context.run(self._tell_started, call.assignment)
             try:
                 value = await drive(context, call_agent(call.assignment))
-                if returns_any_value:
-                    value = result_of(call.assignment, value)
             except BaseException as error:  # noqa: ASYNC103, BLE001 - _take_cancellation() raises one that goes on
                 now = clock()
                 del self._running[position]
@@ -678,7 +696,7 @@ class GroupRun(Generic[T]):
             else:
                 now = clock()
                 del self._running[position]
-                outcome = self._outcome_of_value(call, value, now)
+                outcome = self._outcome_of_value(call, value, now, takes_any_value)
             scope.deadline = math.inf
             if slot is not None:
                 slot.give_back()
@@ -693,20 +711,6 @@ class GroupRun(Generic[T]):
             if not own_task or is_cancelled():  # a scope was left open, or there is one to be renewed
                 break
         return Fitness.FIT
-
-    def _take(self, slot: Slot | None) -> int | None:
-        """Take the position that starts now, if there is one; what else it changes who may start is seen to."""
-        admission = self._admission
-        position = admission.take()
-        if admission.passed_over:
-            self._note_passed_over()
-        if position is not None:
-            # what the call would find out as well, and nearly always does
-            if not admission.has_ready or self._workers - self._claiming_in_vain < admission.limit:
-                self._call_or_dismiss_workers()
-        elif slot is not None:
-            slot.give_back()
-        return position
 
     async def _wait_for(self, slot: Slot, scope: WatchedScope) -> None:
         self._waiting.add(scope)
@@ -844,7 +848,7 @@ class GroupRun(Generic[T]):
     # One engine call
 
     def _start_call(self, position: int, scope: WatchedScope, slot: Slot | None, now: float) -> EngineCall:
-        self._running[position] = call = EngineCall(self, position, scope, slot, now)
+        self._running[position] = call = _engine_call(self, position, scope, slot, now)
         assignment = call.assignment
         if assignment.task.depends_on:
             call.upstream = self._upstream_of(assignment)
@@ -872,19 +876,28 @@ class GroupRun(Generic[T]):
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
             self._deadlines.tell(call.scope.deadline)
 
-    def _outcome_of_value(self, call: EngineCall, value: object, now: float) -> AgentOutcome[T]:
+    def _outcome_of_value(
+        self, call: EngineCall, value: object, now: float, takes_any_value: bool
+    ) -> AgentOutcome[T]:
         assignment = call.assignment
-        if not isinstance(value, AgentRunResult):
+        usage, error = call.usage, ""
+        if isinstance(value, AgentRunResult):
+            if usage is NO_USAGE:
+                usage = value.usage
+            else:
+                usage = larger(value.usage, usage)
+            if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
+                error = (
+                    f"The engine returned the result of task {value.task_id!r} and agent {value.agent_id!r} "
+                    f"for task {assignment.task_id!r} and agent {assignment.agent_id!r}"
+                )
+        elif takes_any_value:
+            value = completed_result(assignment.task.id, assignment.identity.id, value)
+        else:
             error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
-            return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=call.usage)
-        usage = value.usage if call.usage is NO_USAGE else larger(value.usage, call.usage)
         if call.lost_claims:
-            return self._unsuccessful(call, now, OutcomeStatus.FAILED, _lost_text(call), usage=usage)
-        if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
-            error = (
-                f"The engine returned the result of task {value.task_id!r} and agent {value.agent_id!r} "
-                f"for task {assignment.task_id!r} and agent {assignment.agent_id!r}"
-            )
+            error = _lost_text(call)
+        if error:
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=usage)
         return outcome_of_result(value, usage, call.attempt, call.started - self._started, now - call.started)
 
@@ -951,7 +964,7 @@ class GroupRun(Generic[T]):
             self._spend(difference(outcome.usage, call.usage))
         if self.group.fail_fast and outcome.status in (OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT):
             self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
-        if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
+        if self._ran_at_shutdown and call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
             agent = f"{self.group.group_id}:{outcome.task_id}"
             manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
         # warnings and errors are told in any case
@@ -1030,10 +1043,6 @@ class GroupRun(Generic[T]):
             else:
                 call.scope.deadline = min(call.scope.deadline, self._grace_ends)
                 self._deadlines.tell(call.scope.deadline)
-
-    def _is_shutting_down(self) -> bool:
-        manager = self._settings.shutdown_manager
-        return manager is not None and manager.is_shutting_down
 
     def _end_for_callback(self, order: BaseException) -> None:
         self._end_for(order, "a callback")
