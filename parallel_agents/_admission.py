@@ -91,12 +91,13 @@ class Admission:
             return None
         if self._returned:
             position: int | None = heappop(self._returned)
-        elif self._nothing_holds_back and not self._withdrawn:
+        elif self._nothing_holds_back:
             position = self._next
-            self._next += 1
+            self._next = position + 1
         else:
             position = self._take_next()
-        self.has_ready = self._next < self._total or bool(self._returned)
+        if self._next >= self._total:
+            self.has_ready = bool(self._returned)
         if position is not None:
             self._running += 1
         return position
@@ -147,6 +148,7 @@ class Admission:
         if self._next <= position < self._total and position not in self._withdrawn:
             self._forget_prerequisites(position)
             self._withdrawn.add(position)
+            self._nothing_holds_back = False
             self._move_on(self._next)
             self.has_ready = self._next < self._total or bool(self._returned)
             return True

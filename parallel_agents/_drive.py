@@ -8,7 +8,7 @@ import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -17,8 +17,7 @@ def coroutine_function(function: Callable[[T], Awaitable[Any]]) -> Callable[[T],
     """Return a function that makes a coroutine, in which *function* runs: itself, if that is what it does."""
     plain = function.__func__ if isinstance(function, types.MethodType) else function
     if isinstance(plain, types.FunctionType) and plain.__code__.co_flags & inspect.CO_COROUTINE:
-        made: Any = function
-        return made
+        return cast("Callable[[T], Coroutine[Any, Any, Any]]", function)
 
     async def call(argument: T) -> Any:
         return await function(argument)

@@ -99,7 +99,7 @@ class EngineCall(RunContext):
     waits: int
     waits_since: float
 
-    __init__ = object.__init__  # filled by _engine_call()
+    __init__ = object.__init__  # filled by GroupRun._start_call()
 
     @contextmanager
     def not_charged(self) -> Iterator[None]:
@@ -131,35 +131,6 @@ class EngineCall(RunContext):
     def emit(self, name: str, /, **fields: Any) -> None:
         assignment = self.assignment
         self.run._events.emit(name, fields, assignment.task_id, assignment.agent_id)
-
-
-def _engine_call(
-    run: "GroupRun[Any]", position: int, scope: WatchedScope, slot: Slot | None, started: float
-) -> EngineCall:
-    # not by __init__(): Python enters one anew, which takes half as long as all these assignments
-    call = EngineCall()
-    call.group_id = run.group.group_id
-    call.assignment = run._assignments[position]
-    call._shutdown_requested = run._settings.shutdown_requested
-    call.attempt = 1
-    call.usage = NO_USAGE
-    call.upstream = NO_OUTCOMES
-    call.lease = None
-    call.program_env = dict
-    call._usage_watchers = ()
-    call.run = run
-    call.position = position
-    call.scope = scope
-    call.slot = slot
-    call.started = started
-    call.stop = None
-    call.spoiled_its_task = False
-    call.lease_watch = None
-    call.lost_claims = ""
-    call.due = math.inf
-    call.waits = 0
-    call.waits_since = 0.0
-    return call
 
 
 @define(eq=False, kw_only=True)
@@ -220,6 +191,7 @@ class GroupRun(Generic[T]):
         "_fatal",
         "_grace_ends",
         "_has_begun",
+        "_heeds_ends",
         "_is_budget_spent",
         "_is_settled",
         "_is_watched",
@@ -258,6 +230,7 @@ class GroupRun(Generic[T]):
         self._settings = settings
         self._assignments = assignments
         self._admission = self._make_admission()
+        self._heeds_ends = not (group.budget is None and settings.shutdown_manager is None and not group.fail_fast)
         self._successes_matter = self._admission.has_prerequisites or group.stop_after_successes is not None
         self._outcomes: list[AgentOutcome[T] | None] = [None] * len(assignments)
         self._order: list[int] = []
@@ -644,7 +617,7 @@ class GroupRun(Generic[T]):
             own_error = None  # its traceback holds this frame
         return Fitness.FIT
 
-    async def _work_while_clean(  # noqa: C901, PLR0912 - in one piece: every agent would pay for calls of its parts
+    async def _work_while_clean(  # noqa: C901, PLR0912, PLR0915 - in one piece: every agent would pay for calls of parts
         self, own_scope: anyio.CancelScope, task: anyio.TaskInfo
     ) -> "Fitness":
         """Run assignments until the scope is used up, or one has left something behind in the task."""
@@ -673,9 +646,6 @@ class GroupRun(Generic[T]):
                 if slot is not None:
                     slot.give_back()
                 return Fitness.NOT_NEEDED
-            # what the call would find out as well, and nearly always does
-            if not admission.has_ready or self._workers - self._claiming_in_vain < admission.limit:
-                self._call_or_dismiss_workers()
             if claims.may_be_lacking and claims.lack(position):
                 await self._claim(position, scope, slot)
                 if scope.cancel_called:
@@ -727,6 +697,7 @@ class GroupRun(Generic[T]):
         if slot is not None:
             slot.give_back()
         self._claiming[position] = scope
+        self._call_or_dismiss_workers()
         try:
             try:
                 await self._claims.take(position, 0)
@@ -848,18 +819,41 @@ class GroupRun(Generic[T]):
     # One engine call
 
     def _start_call(self, position: int, scope: WatchedScope, slot: Slot | None, now: float) -> EngineCall:
-        self._running[position] = call = _engine_call(self, position, scope, slot, now)
-        assignment = call.assignment
-        if assignment.task.depends_on:
-            call.upstream = self._upstream_of(assignment)
+        admission, assignment = self._admission, self._assignments[position]
+        # what the call would find out as well, and nearly always does
+        if not admission.has_ready or self._workers - self._claiming_in_vain < admission.limit:
+            self._call_or_dismiss_workers()
+        # filled here and not by an __init__(), the call of which takes half as long as all this
+        call: EngineCall = EngineCall()
+        call.group_id = self.group.group_id
+        call.assignment = assignment
+        call._shutdown_requested = self._settings.shutdown_requested
+        call.attempt = 1
+        call.usage = NO_USAGE
+        call.upstream = self._upstream_of(assignment) if assignment.task.depends_on else NO_OUTCOMES
+        call.lease = None
+        call.program_env = dict
+        call._usage_watchers = ()
+        call.run = self
+        call.position = position
+        call.scope = scope
+        call.slot = slot
+        call.started = now
+        call.stop = None
+        call.spoiled_its_task = False
+        call.lease_watch = None
+        call.lost_claims = ""
+        call.due = math.inf
+        call.waits = 0
+        call.waits_since = 0.0
+        self._running[position] = call
         if self._is_watched:
             self._tell_progress()
         if assignment.timeout_seconds is not None:
             scope.deadline = call.due = now + assignment.timeout_seconds
             if call.due < self._deadlines.looks_at:
                 self._deadlines.tell(call.due)
-        leases = self._claims.leases
-        if leases and (lease := leases.get(position)) is not None:
+        if self._claims.leases and (lease := self._claims.leases.get(position)) is not None:
             call.lease = None if isinstance(lease, PlainLease) else lease
             if lease.lost is not NEVER_LOST:
                 call.lease_watch = anyio.CancelScope()
@@ -876,30 +870,27 @@ class GroupRun(Generic[T]):
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
             self._deadlines.tell(call.scope.deadline)
 
-    def _outcome_of_value(
-        self, call: EngineCall, value: object, now: float, takes_any_value: bool
-    ) -> AgentOutcome[T]:
+    def _outcome_of_value(self, call: EngineCall, value: object, now: float, takes_any_value: bool) -> AgentOutcome[T]:
         assignment = call.assignment
         usage, error = call.usage, ""
         if isinstance(value, AgentRunResult):
-            if usage is NO_USAGE:
-                usage = value.usage
-            else:
-                usage = larger(value.usage, usage)
+            result = value
+            usage = value.usage if usage is NO_USAGE else larger(value.usage, usage)
             if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
                 error = (
                     f"The engine returned the result of task {value.task_id!r} and agent {value.agent_id!r} "
                     f"for task {assignment.task_id!r} and agent {assignment.agent_id!r}"
                 )
         elif takes_any_value:
-            value = completed_result(assignment.task.id, assignment.identity.id, value)
+            result = completed_result(assignment.task.id, assignment.identity.id, value)
         else:
+            result = None
             error = f"The engine returned {type(value).__name__} instead of an AgentRunResult"
         if call.lost_claims:
             error = _lost_text(call)
-        if error:
+        if error or result is None:
             return self._unsuccessful(call, now, OutcomeStatus.FAILED, error, usage=usage)
-        return outcome_of_result(value, usage, call.attempt, call.started - self._started, now - call.started)
+        return outcome_of_result(result, usage, call.attempt, call.started - self._started, now - call.started)
 
     def _outcome_of_error(self, call: EngineCall, error: BaseException, now: float, pending: bool) -> AgentOutcome[T]:
         """Decide what an exception means, and note what concerns more than this agent."""
@@ -960,17 +951,22 @@ class GroupRun(Generic[T]):
     def _end_call(self, call: EngineCall, outcome: AgentOutcome[T], context: Context) -> None:
         """Record the outcome of an engine call, and let it have its consequences."""
         self._admission.finish(call.position)
-        if self.group.budget is not None and outcome.usage is not call.usage:
-            self._spend(difference(outcome.usage, call.usage))
-        if self.group.fail_fast and outcome.status in (OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT):
-            self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
-        if self._ran_at_shutdown and call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
-            agent = f"{self.group.group_id}:{outcome.task_id}"
-            manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
+        if self._heeds_ends:
+            self._heed(call, outcome)
         # warnings and errors are told in any case
         if outcome.result is None or (self._events.are_heard and self._events.is_wanted(PARALLEL_AGENT_COMPLETE)):
             context.run(self._tell_ended, outcome)
         self._record(call.position, outcome)
+
+    def _heed(self, call: EngineCall, outcome: AgentOutcome[T]) -> None:
+        """Let the end of an engine call have its consequences for what it cost, for the others, and for a shutdown."""
+        if self.group.budget is not None and outcome.usage is not call.usage:
+            self._spend(difference(outcome.usage, call.usage))
+        if self.group.fail_fast and outcome.status in (OutcomeStatus.FAILED, OutcomeStatus.TIMED_OUT):
+            self._stop_all(Stop(f"agent {outcome.agent_id!r} failed", "failed_fast"))
+        if call.position in self._ran_at_shutdown and (manager := self._settings.shutdown_manager) is not None:
+            agent = f"{self.group.group_id}:{outcome.task_id}"
+            manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
 
     def _record(self, position: int, outcome: AgentOutcome[T]) -> None:
         self._keep(position, outcome)

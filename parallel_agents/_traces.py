@@ -40,7 +40,8 @@ def pending_cancellation(scope: anyio.CancelScope, task: anyio.TaskInfo) -> Call
             if around._cancel_called:  # perhaps behind a shield
                 return task.has_pending_cancellation()
             around = around._parent_scope
-        return bool(native._must_cancel)
+        must_cancel: bool = native._must_cancel
+        return must_cancel
 
     return is_pending
 
