@@ -196,6 +196,7 @@ def completed_result(task_id: str, agent_id: str, output: T) -> AgentRunResult[T
     return made
 
 
+_SUCCEEDED = OutcomeStatus.SUCCEEDED
 _STATUS_OF_REASON = dict.fromkeys(TerminationReason, OutcomeStatus.FAILED) | {
     TerminationReason.COMPLETED: OutcomeStatus.SUCCEEDED,
     TerminationReason.PARKED: OutcomeStatus.PARKED,
@@ -315,7 +316,9 @@ def outcome_of_result(
     outcome.agent_id = result.agent_id
     outcome.result = result
     outcome.error = None
-    outcome.status = _STATUS_OF_REASON[result.termination_reason]
+    outcome.status = (
+        _SUCCEEDED if result.termination_reason is _COMPLETED else _STATUS_OF_REASON[result.termination_reason]
+    )
     outcome.usage = usage
     outcome.attempts = attempts
     outcome.started_after_seconds = started_after_seconds

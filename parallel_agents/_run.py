@@ -12,7 +12,6 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, copy_context
-from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
@@ -53,7 +52,7 @@ from ._outcomes import (
 )
 from ._shutdown import ShutdownManager
 from ._slots import Slot, give_back_slots_of
-from ._traces import cancel_requests, pending_cancellation, tasks_directly_in
+from ._traces import Fitness, OwnScope, cancel_requests, pending_cancellation, tasks_directly_in
 from .engines._metering import difference, larger
 from .engines._protocol import AgentEngine, ChecksAssignments
 from .engines.function import call_of
@@ -151,19 +150,6 @@ class Settings:
         return bool if manager is None else lambda: manager.is_shutting_down
 
 
-class Fitness(Enum):
-    """What became of a task in which agents ran."""
-
-    FIT = auto()
-    """It can run more."""
-    SPOILED = auto()
-    """An agent cancelled it natively; it ends, and another takes its place."""
-    HOLDS_A_SCOPE = auto()
-    """An agent left a cancel scope open in it; another takes its place, and it ends when all else has."""
-    NOT_NEEDED = auto()
-    """There is nothing for it to run now; another takes its place when there is."""
-
-
 class GroupRun(Generic[T]):
     """A group in flight, as ``ParallelExecutor.open_group()`` gives it.
 
@@ -196,6 +182,7 @@ class GroupRun(Generic[T]):
         "_is_settled",
         "_is_watched",
         "_news",
+        "_on_order",
         "_order",
         "_orders_to_end",
         "_outcomes",
@@ -242,12 +229,13 @@ class GroupRun(Generic[T]):
         self._started = self._clock()
         # a strong reference would close a circle, and keep all outcomes until the collector comes by
         this = weakref.proxy(self)
+        self._on_order: Callable[[BaseException], None] = lambda order: this._end_for(order, "a callback")
         self._events = GroupEvents(
             group.group_id,
             settings.observers,
             self._clock,
             self._started,
-            lambda order: this._end_for_callback(order),  # noqa: PLW0108 - its bound method would be strong
+            self._on_order,
         )
         self._claims = HeldClaims(settings.resource_lock, group.group_id, self._events)
         for position, assignment in enumerate(self._known_assignments()):
@@ -525,10 +513,17 @@ class GroupRun(Generic[T]):
         self._tasks.start_soon(self._work, name=f"parallel_agents worker of {self.group.group_id!r}")
 
     async def _work(self) -> None:
-        """Be one worker."""
-        fitness = Fitness.SPOILED
+        """Be one worker: run assignments until none is left, or until the task is spoiled."""
+        task, fitness = anyio.get_current_task(), Fitness.FIT
         try:
-            fitness = await self._pull()
+            if task.has_pending_cancellation():  # nothing ran in this task yet: it is the group that is cancelled
+                self._stop_all(CALLER_CANCELLED)
+            while fitness is Fitness.FIT and self._admission.has_ready and not task.has_pending_cancellation():
+                with OwnScope(task) as own:
+                    own.fitness = await self._work_while_clean(own.scope, task)
+                fitness = own.fitness
+            if fitness is not Fitness.HOLDS_A_SCOPE and task.has_pending_cancellation():
+                await self._take_cancellation(task)
         finally:
             self._workers -= 1
             if self._admission.has_ready and not self._workers_suffice():
@@ -546,18 +541,6 @@ class GroupRun(Generic[T]):
                 self._tasks.start_soon(self._claims.give_back_all)
             self._detach_from_shutdown()
             self._let_parked_tasks_end()
-
-    async def _pull(self) -> "Fitness":
-        """Run assignments until none is left, or until the task is spoiled."""
-        task = anyio.get_current_task()
-        fitness = Fitness.FIT
-        if task.has_pending_cancellation():  # nothing ran in this task yet: it is the group that is cancelled
-            self._stop_all(CALLER_CANCELLED)
-        while fitness is Fitness.FIT and self._admission.has_ready and not task.has_pending_cancellation():
-            fitness = await self._work_in_one_scope(task)
-        if fitness is not Fitness.HOLDS_A_SCOPE and task.has_pending_cancellation():
-            await self._take_cancellation(task)
-        return fitness
 
     async def _park(self) -> None:
         """Keep a task in which a scope was left open from ending before everything else has.
@@ -595,31 +578,9 @@ class GroupRun(Generic[T]):
         """Whether another worker would find nothing to do, or only wait beside one that waits for a slot already."""
         return self._workers - self._claiming_in_vain >= self._admission.limit or bool(self._waiting)
 
-    async def _work_in_one_scope(self, task: anyio.TaskInfo) -> "Fitness":
-        """Run assignments until the scope is used up; return what became of the task."""
-        own_error: RuntimeError | None = None
-        try:
-            with anyio.CancelScope() as scope:
-                try:
-                    return await self._work_while_clean(scope, task)
-                except RuntimeError as error:
-                    own_error = error
-                    raise
-        except RuntimeError as error:
-            if error is own_error:
-                raise
-            return Fitness.HOLDS_A_SCOPE  # which is why this one could not be left
-        except anyio.get_cancelled_exc_class():  # noqa: ASYNC103 - what is not raised was for this task alone
-            if task.has_pending_cancellation():
-                raise
-            return Fitness.SPOILED  # noqa: ASYNC104 - natively cancelled, by somebody who found this task
-        finally:
-            own_error = None  # its traceback holds this frame
-        return Fitness.FIT
-
     async def _work_while_clean(  # noqa: C901, PLR0912, PLR0915 - in one piece: every agent would pay for calls of parts
         self, own_scope: anyio.CancelScope, task: anyio.TaskInfo
-    ) -> "Fitness":
+    ) -> Fitness:
         """Run assignments until the scope is used up, or one has left something behind in the task."""
         scope, own_task = WatchedScope(own_scope), tasks_directly_in(own_scope)
         is_cancelled, requests = pending_cancellation(own_scope, task), cancel_requests(own_task)
@@ -675,7 +636,13 @@ class GroupRun(Generic[T]):
             if claims.leases and (still_held := claims.give_back(position)) is not None:
                 await claims.finish(still_held)
                 now = clock()  # the next agent's time does not begin before its call
-            self._end_call(call, outcome, context)
+            admission.finish(position)
+            if self._heeds_ends:
+                self._heed(call, outcome)
+            # warnings and errors are told in any case
+            if outcome.result is None or (events.are_heard and events.is_wanted(PARALLEL_AGENT_COMPLETE)):
+                context.run(self._tell_ended, outcome)
+            self._record(position, outcome)
             if call.spoiled_its_task:
                 return Fitness.SPOILED
             if not own_task or is_cancelled():  # a scope was left open, or there is one to be renewed
@@ -948,16 +915,6 @@ class GroupRun(Generic[T]):
             exception=exception,
         )
 
-    def _end_call(self, call: EngineCall, outcome: AgentOutcome[T], context: Context) -> None:
-        """Record the outcome of an engine call, and let it have its consequences."""
-        self._admission.finish(call.position)
-        if self._heeds_ends:
-            self._heed(call, outcome)
-        # warnings and errors are told in any case
-        if outcome.result is None or (self._events.are_heard and self._events.is_wanted(PARALLEL_AGENT_COMPLETE)):
-            context.run(self._tell_ended, outcome)
-        self._record(call.position, outcome)
-
     def _heed(self, call: EngineCall, outcome: AgentOutcome[T]) -> None:
         """Let the end of an engine call have its consequences for what it cost, for the others, and for a shutdown."""
         if self.group.budget is not None and outcome.usage is not call.usage:
@@ -969,6 +926,7 @@ class GroupRun(Generic[T]):
             manager.note_ended(agent, by_itself=outcome.status is not OutcomeStatus.CANCELLED)
 
     def _record(self, position: int, outcome: AgentOutcome[T]) -> None:
+        """Keep an outcome, count it, tell of it, and let it have its consequences for those that have not started."""
         self._keep(position, outcome)
         succeeded = outcome.status is _SUCCEEDED
         if succeeded:
@@ -1040,9 +998,6 @@ class GroupRun(Generic[T]):
                 call.scope.deadline = min(call.scope.deadline, self._grace_ends)
                 self._deadlines.tell(call.scope.deadline)
 
-    def _end_for_callback(self, order: BaseException) -> None:
-        self._end_for(order, "a callback")
-
     def _end_for(self, order: BaseException, who: str) -> None:
         """Stop the group because of an order to end the program; it leaves the block, bare."""
         self._orders_to_end.append(order)
@@ -1104,7 +1059,7 @@ class GroupRun(Generic[T]):
     def _tell_progress(self) -> None:
         callback = self._settings.progress_callback
         if callback is not None:
-            call_quietly(callback, self.progress, self._end_for_callback)
+            call_quietly(callback, self.progress, self._on_order)
         if self._events.are_heard and self._events.is_wanted(PARALLEL_PROGRESS_UPDATE):
             progress = self.progress
             self._events.emit(

@@ -8,10 +8,63 @@ or from outside, and where it does not tell, the task is.
 """
 
 from collections.abc import Callable, Collection
+from enum import Enum, auto
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import anyio
+
+
+class Fitness(Enum):
+    """What became of a task in which agents ran."""
+
+    FIT = auto()
+    """It can run more."""
+    SPOILED = auto()
+    """An agent cancelled it natively; it ends, and another takes its place."""
+    HOLDS_A_SCOPE = auto()
+    """An agent left a cancel scope open in it; another takes its place, and it ends when all else has."""
+    NOT_NEEDED = auto()
+    """There is nothing for it to run now; another takes its place when there is."""
+
+
+class OwnScope:
+    """A worker's cancel scope; after the block it tells what became of the task.
+
+    Args:
+        task: The one that enters it.
+
+    Attributes:
+        scope: In which agents run; used up once it was cancelled.
+        fitness: What the block says, unless leaving it shows otherwise.
+    """
+
+    def __init__(self, task: anyio.TaskInfo) -> None:
+        self._task = task
+        self.scope = anyio.CancelScope()
+        self.fitness = Fitness.FIT
+
+    def __enter__(self) -> Self:
+        self.scope.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        try:
+            is_over = self.scope.__exit__(kind, error, traceback)
+        except RuntimeError as own_error:
+            if own_error is error:
+                raise
+            self.fitness = Fitness.HOLDS_A_SCOPE  # which is why this one could not be left
+            return True
+        if is_over or not isinstance(error, anyio.get_cancelled_exc_class()):
+            return bool(is_over)
+        if self._task.has_pending_cancellation():
+            return False
+        self.fitness = Fitness.SPOILED  # natively cancelled, by somebody who found this task
+        return True
 
 
 def tasks_directly_in(scope: anyio.CancelScope) -> Collection[Any]:
