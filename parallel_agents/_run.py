@@ -661,10 +661,10 @@ class GroupRun(Generic[T]):
     async def _claim(self, position: int, scope: WatchedScope, slot: Slot | None) -> None:
         """Take the claims of one assignment, which then starts as soon as there is room; or give it its outcome."""
         self._admission.postpone(position)
+        self._call_or_dismiss_workers()
         if slot is not None:
             slot.give_back()
         self._claiming[position] = scope
-        self._call_or_dismiss_workers()
         try:
             try:
                 await self._claims.take(position, 0)

@@ -46,6 +46,7 @@ SUITES: Mapping[str, Sequence[str]] = {
     "_shutdown.py": ("test_shutdown.py", "proof/test_cancellation.py"),
     "_stream.py": ("test_stream.py", "proof/test_cancellation.py"),
     "_tools.py": ("test_tools.py", "proof/test_cancellation.py"),
+    "_traces.py": ("test_cancellation.py", "test_executor.py", "test_struck.py"),
     "engines/_program.py": ("test_process_engine.py", "proof/test_process_trees.py"),
     "engines/process.py": ("test_process_engine.py", "proof/test_process_trees.py"),
     "locks/memory.py": ("test_locks.py", "proof/test_cancellation.py", "test_waiting.py"),
@@ -144,11 +145,11 @@ PLANTED = (
     ),
     Mutant(
         "_run.py",
-        "value.usage if call.usage is NO_USAGE else larger(value.usage, call.usage)",
+        "value.usage if usage is NO_USAGE else larger(value.usage, usage)",
         "value.usage",
         "what was metered is forgotten",
     ),
-    Mutant("_run.py", "context = self._context.copy()", "context = self._context", "agents share context variables"),
+    Mutant("_run.py", "self._context.copy, _current", "lambda: self._context, _current", "agents share context variables"),
     Mutant(
         "_run.py",
         "value.task_id != assignment.task.id or",
@@ -207,6 +208,11 @@ PLANTED = (
     ),
     Mutant("_shutdown.py", "finished &= await", "finished = await", "a cleanup that failed is forgotten"),
     Mutant("_shutdown.py", "if self.received_signal is None:", "if True:", "a second signal does nothing"),
+    # What agents leave behind
+    Mutant("_traces.py", "if around._cancel_called:", "if False:", "agents start in a scope that is cancelled"),
+    Mutant("_traces.py", "Fitness.HOLDS_A_SCOPE  #", "Fitness.FIT  #", "a task is used again in which a scope is open"),
+    Mutant("_traces.py", "self.fitness = Fitness.SPOILED  #", "return False  #", "who finds a task ends its group"),
+    Mutant("_run.py", "elif takes_any_value:", "elif True:", "an engine may return anything"),
     # Streams
     Mutant("_stream.py", " or len(self._ended) >= self._most", "", "outcomes that nobody takes pile up"),
     Mutant(
