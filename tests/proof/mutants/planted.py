@@ -149,7 +149,9 @@ PLANTED = (
         "value.usage",
         "what was metered is forgotten",
     ),
-    Mutant("_run.py", "self._context.copy, _current", "lambda: self._context, _current", "agents share context variables"),
+    Mutant(
+        "_run.py", "self._context.copy, _current", "lambda: self._context, _current", "agents share context variables"
+    ),
     Mutant(
         "_run.py",
         "value.task_id != assignment.task.id or",
