@@ -142,7 +142,7 @@ class Settings:
     shutdown_manager: ShutdownManager | None
     progress_callback: Callable[[ParallelProgress], object] | None
     observers: tuple[Observer, ...]
-    shutdown_requested: Callable[[], bool] = field(init=False)
+    shutdown_requested: Callable[[], bool] = field(init=False)  # made once: it is in every engine call
 
     @shutdown_requested.default
     def _make_shutdown_requested(self) -> Callable[[], bool]:

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from attrs import fields
+from attrs import evolve, fields
 from groups import group_of
 
 from parallel_agents import (
@@ -311,6 +311,36 @@ async def test_each_agent_has_its_own_context_variables() -> None:
     assert seen == ["caller's"] * 6
     assert [o.output for o in result.outcomes] == [f"t{n}" for n in range(6)]
     assert variable.get() == "caller's"
+
+
+@pytest.mark.proves("X13")
+async def test_a_plain_function_that_returns_an_awaitable_is_called_in_the_agents_context_too() -> None:
+    variable: ContextVar[str] = ContextVar("variable", default="none")
+
+    async def later() -> str:
+        return variable.get()
+
+    def agent(task: AgentAssignment) -> Any:
+        assert current_run().assignment is task
+        before = variable.get()
+        variable.set(task.task_id)
+        return later() if before == "none" else None
+
+    result = await run(agent, group_of(3, max_concurrency=1))
+    assert [o.output for o in result.outcomes] == ["t0", "t1", "t2"]
+
+
+async def test_a_function_engine_with_a_run_of_its_own_is_run_by_that() -> None:
+    class Loud(FunctionEngine):
+        async def run(self, assignment: AgentAssignment, /) -> Any:
+            result = await super().run(assignment)
+            return evolve(result, output=f"{result.output}!")
+
+    async def agent(task: AgentAssignment) -> str:
+        return task.task_id
+
+    for engine, output in ((FunctionEngine(agent), "t0"), (Loud(agent), "t0!")):
+        assert (await run(engine, group_of(1))).outcomes[0].output == output
 
 
 async def test_an_agent_can_use_what_anyio_offers_a_task() -> None:
