@@ -29,7 +29,8 @@ def coroutine_function(function: Callable[[T], Awaitable[Any]]) -> Callable[[T],
 def drive(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
     """Await a coroutine that has not begun, every step of it inside *context*."""
     send: Callable[..., Any] = coroutine.send
-    step, sent = send, None
+    step = send
+    sent: Any = None
     while True:
         try:
             waits_for = context.run(step, sent)

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, copy_context
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
-from attrs import define, field
+from attrs import Factory, define, field
 
 from ._admission import NO_PREREQUISITES, Admission
 from ._claims import ResourceClaim
@@ -98,7 +98,12 @@ class EngineCall(RunContext):
     waits: int
     waits_since: float
 
-    __init__ = object.__init__  # filled by GroupRun._start_call()
+    # filled by GroupRun._start_call(): to enter a function for it would take half as long as all of that
+    if TYPE_CHECKING:
+
+        def __init__(self) -> None: ...
+    else:
+        __init__ = object.__init__
 
     @contextmanager
     def not_charged(self) -> Iterator[None]:
@@ -142,12 +147,15 @@ class Settings:
     shutdown_manager: ShutdownManager | None
     progress_callback: Callable[[ParallelProgress], object] | None
     observers: tuple[Observer, ...]
-    shutdown_requested: Callable[[], bool] = field(init=False)  # made once: it is in every engine call
+    shutdown_requested: Callable[[], bool] = field(
+        init=False, default=Factory(lambda settings: _asks(settings.shutdown_manager), takes_self=True)
+    )
+    """Made once, because it stands in every engine call."""
 
-    @shutdown_requested.default
-    def _make_shutdown_requested(self) -> Callable[[], bool]:
-        manager = self.shutdown_manager
-        return bool if manager is None else lambda: manager.is_shutting_down
+
+def _asks(manager: ShutdownManager | None) -> Callable[[], bool]:
+    """Return a function that asks whether the program is shutting down."""
+    return bool if manager is None else lambda: manager.is_shutting_down
 
 
 class GroupRun(Generic[T]):
@@ -790,8 +798,7 @@ class GroupRun(Generic[T]):
         # what the call would find out as well, and nearly always does
         if not admission.has_ready or self._workers - self._claiming_in_vain < admission.limit:
             self._call_or_dismiss_workers()
-        # filled here and not by an __init__(), the call of which takes half as long as all this
-        call: EngineCall = EngineCall()
+        call = EngineCall()
         call.group_id = self.group.group_id
         call.assignment = assignment
         call._shutdown_requested = self._settings.shutdown_requested
@@ -837,11 +844,11 @@ class GroupRun(Generic[T]):
             call.scope.deadline = min(math.inf if call.waits else call.due, self._grace_ends)
             self._deadlines.tell(call.scope.deadline)
 
-    def _outcome_of_value(self, call: EngineCall, value: object, now: float, takes_any_value: bool) -> AgentOutcome[T]:
+    def _outcome_of_value(self, call: EngineCall, value: Any, now: float, takes_any_value: bool) -> AgentOutcome[T]:
         assignment = call.assignment
         usage, error = call.usage, ""
         if isinstance(value, AgentRunResult):
-            result = value
+            result: AgentRunResult[T] | None = value
             usage = value.usage if usage is NO_USAGE else larger(value.usage, usage)
             if value.task_id != assignment.task.id or value.agent_id != assignment.identity.id:
                 error = (

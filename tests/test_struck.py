@@ -24,6 +24,7 @@ from parallel_agents import (
     Task,
 )
 from parallel_agents._claim_queue import ClaimQueue
+from parallel_agents._deadlines import DeadlineWatch
 from parallel_agents._run import GroupRun
 from parallel_agents._slots import Slot, give_back_slots_of
 from parallel_agents.locks.memory import MemoryLease
@@ -194,12 +195,15 @@ async def test_a_group_that_is_struck_on_the_way_in_has_its_outcomes_and_no_lock
 async def test_an_agent_that_is_struck_before_its_engine_runs_is_not_counted_as_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def struck(_run: object, _assignment: object) -> None:
+    def struck(_watch: object, _deadline: object) -> None:
         raise StruckError
 
-    monkeypatch.setattr(GroupRun, "_upstream_of", struck)
-    tasks = [Task(id="first"), Task(id="second", depends_on=("first",))]
-    group = ParallelExecutionGroup.map("g", AgentIdentity(id="a"), tasks)
+    monkeypatch.setattr(DeadlineWatch, "tell", struck)
+    first, second = (
+        AgentAssignment(identity=AgentIdentity(id=name), task=Task(id=name), timeout_seconds=seconds)
+        for name, seconds in (("first", None), ("second", 60.0))
+    )
+    group = ParallelExecutionGroup(group_id="g", assignments=(first, second), max_concurrency=1)
     runs: list[GroupRun[Any]] = []
     with anyio.fail_after(5), pytest.raises(BaseExceptionGroup):
         async with ParallelExecutor(engine=nothing).open_group(group) as run:
