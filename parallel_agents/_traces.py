@@ -54,9 +54,7 @@ class OwnScope:
     ) -> bool:
         try:
             is_over = self.scope.__exit__(kind, error, traceback)
-        except RuntimeError as own_error:
-            if own_error is error:
-                raise
+        except RuntimeError:
             self.fitness = Fitness.HOLDS_A_SCOPE  # which is why this one could not be left
             return True
         if is_over or not isinstance(error, anyio.get_cancelled_exc_class()):

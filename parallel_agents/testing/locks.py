@@ -191,11 +191,9 @@ class ClaimLockContract(ResourceLockContract):
             with _order_of(lock) as order:
                 first = await lock.acquire_claims(shared("r"), "first")
                 async with anyio.create_task_group() as tasks:
-                    for holder, claims in [
-                        ("writer", exclusive("r", "s")),
-                        ("reader", shared("r")),
-                        ("last", exclusive("s")),
-                    ]:
+                    tasks.start_soon(order.hold, "writer", exclusive("r", "s"))
+                    await self._until_somebody_waits(lock, "s")
+                    for holder, claims in (("reader", shared("r")), ("last", exclusive("s"))):
                         tasks.start_soon(order.hold, holder, claims)
                         await self._meanwhile(lock)
                     assert order.served == []
@@ -227,7 +225,7 @@ class ClaimLockContract(ResourceLockContract):
                             await order.hold("cancelled", exclusive("a", "b"))
 
                     tasks.start_soon(cancelled)
-                    await self._meanwhile(lock)
+                    await self._until_somebody_waits(lock, "b")
                     tasks.start_soon(order.hold, "behind", exclusive("b"))
                     await self._meanwhile(lock)
                     assert order.served == []
@@ -244,6 +242,16 @@ class ClaimLockContract(ResourceLockContract):
                     tasks.start_soon(order.hold, f"holder {number}", exclusive(*names))
             assert len(order.served) == 6
             assert not any(lock.is_locked(resource) for resource in "abc")
+
+    async def _until_somebody_waits(self, lock: ClaimLock, resource: str) -> None:
+        """Wait until somebody is in line for a resource that nobody holds: who comes later is refused then."""
+        while True:
+            try:
+                lease = await lock.acquire_claims(exclusive(resource), "later", timeout_seconds=0)
+            except ResourceConflictError:
+                return
+            await give_back(lease)
+            await anyio.lowlevel.checkpoint()
 
     async def _meanwhile(self, lock: ClaimLock) -> None:
         """Give others the time in which the lock answers several times."""
