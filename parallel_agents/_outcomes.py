@@ -196,7 +196,7 @@ def completed_result(task_id: str, agent_id: str, output: T) -> AgentRunResult[T
     return made
 
 
-_SUCCEEDED = OutcomeStatus.SUCCEEDED
+_SUCCEEDED = OutcomeStatus.SUCCEEDED  # as above
 _STATUS_OF_REASON = dict.fromkeys(TerminationReason, OutcomeStatus.FAILED) | {
     TerminationReason.COMPLETED: OutcomeStatus.SUCCEEDED,
     TerminationReason.PARKED: OutcomeStatus.PARKED,

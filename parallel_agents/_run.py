@@ -41,6 +41,7 @@ from ._errors import ParallelAgentsError, ParallelExecutionError, ResourceConfli
 from ._holding import HeldClaims, HeldLease, PlainLease, refuse_overlaps
 from ._models import NO_USAGE, AgentAssignment, ClaimPolicy, GroupOptions, Usage
 from ._outcomes import (
+    _SUCCEEDED,
     AgentOutcome,
     AgentRunResult,
     OutcomeStatus,
@@ -74,8 +75,6 @@ from .events import (
 from .locks._protocol import NEVER_LOST, ResourceLock
 
 T = TypeVar("T")
-
-_SUCCEEDED = OutcomeStatus.SUCCEEDED  # on Python 3.11, looking a member up takes as long as a call
 
 MAX_NESTING = 32
 """How deep groups may be nested; some hundred nested task groups cannot be cancelled on asyncio any more."""

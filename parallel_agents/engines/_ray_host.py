@@ -165,7 +165,8 @@ class Host:
 
     Args:
         engine: The inner engine, as ``module:attribute``; it is imported for the first agent.
-        max_agents: The most agents at the same time; more wait for a place, without their time counting.
+        max_agents: The most agents at the same time; more wait for a place, in the order in which they came to this
+            host, without their time counting.
     """
 
     def __init__(self, engine: str, max_agents: int | None = None) -> None:

@@ -86,7 +86,8 @@ class RayEngine:
         hosts: How many there are; agents are spread over them by their ids.
         starts_hosts: Whether those that are missing are started; otherwise they are waited for, and the command
             ``parallel-agents worker --ray`` starts and stops them.
-        max_agents: The most agents of each host that is started; more wait for a place.
+        max_agents: The most agents of each host that is started; more wait for a place, in the order in which they came
+            to the host: those that start at once may come in another.
         execution: All drivers that are given the same name mean the same agents: one that is started after another was
             killed goes on with those that run. Unless given, no other driver does.
         version: Stands for whatever else decides what agents do, such as the code or a prompt.
